@@ -1,0 +1,58 @@
+"""Phoenix: sparse fine-tuning of language models whose zeros survive the merge.
+
+Public names load when they are first used, so that `import phoenix_sparse` stays light.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "PhoenixError": "phoenix_sparse.errors",
+    "CheckFailed": "phoenix_sparse.errors",
+    "Recipe": "phoenix_sparse.recipe",
+    "load_recipe": "phoenix_sparse.recipe",
+    "run": "phoenix_sparse.pipeline",
+    "load_model": "phoenix_sparse.models",
+    "load_tokenizer": "phoenix_sparse.models",
+    "prunable_linears": "phoenix_sparse.models",
+    "load_task": "phoenix_sparse.tasks",
+    "TaskSettings": "phoenix_sparse.tasks.settings",
+    "prune": "phoenix_sparse.pruning.sequential",
+    "SparsifySettings": "phoenix_sparse.pruning.settings",
+    "calibration_tokens": "phoenix_sparse.pruning.calibration",
+    "save_mask": "phoenix_sparse.masks",
+    "load_mask": "phoenix_sparse.masks",
+    "apply_masks": "phoenix_sparse.masks",
+    "validate_mask": "phoenix_sparse.masks",
+    "compute_sparsity_stats": "phoenix_sparse.masks",
+    "plot_sparsity_histogram": "phoenix_sparse.masks",
+    "add_adapter": "phoenix_sparse.finetuning.adapter",
+    "load_adapter": "phoenix_sparse.finetuning.adapter",
+    "save_adapter": "phoenix_sparse.finetuning.adapter",
+    "set_ranks": "phoenix_sparse.finetuning.adapter",
+    "FinetuneSettings": "phoenix_sparse.finetuning.settings",
+    "SearchSettings": "phoenix_sparse.finetuning.settings",
+    "train": "phoenix_sparse.finetuning.trainer",
+    "tokenize": "phoenix_sparse.finetuning.examples",
+    "search": "phoenix_sparse.finetuning.search",
+    "merge": "phoenix_sparse.merging",
+    "certify": "phoenix_sparse.merging",
+    "evaluate": "phoenix_sparse.evaluation.harness",
+    "perplexity": "phoenix_sparse.evaluation.perplexity",
+    "count_flops": "phoenix_sparse.evaluation.flops",
+    "build_report": "phoenix_sparse.report",
+}
+
+__all__ = [*sorted(_PUBLIC), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'phoenix_sparse' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,349 @@
+"""The command line: one typed function a command."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from phoenix_sparse.errors import PhoenixError
+
+app = typer.Typer(
+    name="phx",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Phoenix: a pretrained dense language model and a task in, a sparse fine-tuned model and its evidence out.",
+)
+
+RecipeFile = Annotated[Path, typer.Argument(help="the recipe, a YAML file", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes, such as sparsify.sparsity=0.7")
+]
+Section = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings of this step")]
+Model = Annotated[str, typer.Argument(help="a Hugging Face model directory, a hub name, or demo", show_default=False)]
+Out = Annotated[Path, typer.Option(help="the directory to write to", show_default=False)]
+TaskName = Annotated[
+    str, typer.Option("--task", help="a built-in task, or a folder with task.yaml", show_default=False)
+]
+Data = Annotated[Path | None, typer.Option(help="a folder with the task's <split>.jsonl; the hub unless given")]
+MaskFile = Annotated[Path, typer.Option(help="masks.safetensors", show_default=False)]
+AdapterDirectory = Annotated[Path, typer.Option(help="an adapter's directory", show_default=False)]
+Seed = Annotated[int, typer.Option(help="for everything that is drawn")]
+DtypeName = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16")]
+DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu or cuda")]
+BatchSize = Annotated[int, typer.Option(help="prompts at once")]
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="the run directory; runs/<name> unless given")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was stopped")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="remove a run that lies there, and begin anew")
+    ] = False,
+) -> None:
+    """Do a whole recipe: prune, fine-tune, search, merge, evaluate, report."""
+    from phoenix_sparse import pipeline
+    from phoenix_sparse.console import OUT, showing
+    from phoenix_sparse.recipe import load_recipe
+    from phoenix_sparse.report import summary_table
+
+    checked = load_recipe(recipe, overrides or ())
+    with showing() as show:
+        directory = pipeline.run(
+            checked, out, resume=resume, overwrite=overwrite, progress=show.progress, announce=show.announce
+        )
+    OUT.print(summary_table(directory))
+    OUT.print(f"report: {directory / 'report.html'}", markup=False)
+    OUT.print(f"model:  {directory / 'merged'}", markup=False)
+
+
+@app.command()
+def plan(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Say what a recipe would run, with memory, disk and time, and run nothing."""
+    from phoenix_sparse.console import OUT, showing
+    from phoenix_sparse.pipeline import model_directory, open_task
+    from phoenix_sparse.plan import estimate
+    from phoenix_sparse.recipe import dump_recipe, load_recipe
+    from phoenix_sparse.report import plan_table
+
+    checked = load_recipe(recipe, overrides or ())
+    with showing():
+        task = open_task(checked.task, seed=checked.seed)
+        figures = estimate(checked, model_directory(checked.model), task)
+    OUT.print(dump_recipe(checked), markup=False)
+    OUT.print(plan_table(figures))
+
+
+@app.command()
+def prune(
+    model: Model,
+    settings: Section = None,
+    *,
+    out: Out,
+    task: Annotated[str | None, typer.Option(help="calibrate on this task's examples")] = None,
+    data: Data = None,
+    sparsity: Annotated[float, typer.Option(help="share of zeros")] = 0.5,
+    importance: Annotated[str, typer.Option(help="wanda, magnitude or random")] = "wanda",
+    seed: Seed = 0,
+    dtype: DtypeName = "auto",
+    device: DeviceName = "auto",
+) -> None:
+    """Step 1: prune a dense model. Writes masks.safetensors, allocation.json, plots/ and sparse/."""
+    from phoenix_sparse import steps
+    from phoenix_sparse.pipeline import model_directory
+    from phoenix_sparse.pruning.settings import SparsifySettings
+    from phoenix_sparse.recipe import check, override
+
+    values = override({"sparsity": sparsity, "importance": importance}, settings or ())
+    chosen = check(SparsifySettings, values, "prune")
+    if chosen.importance == "wanda" and chosen.calibration.source == "task" and task is None:
+        raise PhoenixError(
+            "prune: wanda needs text to calibrate on; give --task, or calibration.source=text and a file"
+        )
+    examples = _task(task, data, seed) if task else None
+    with _machine(dtype, device, seed) as machine:
+        steps.sparsify(model_directory(model), examples, chosen, out, machine)
+    _say(f"masks: {out / 'masks.safetensors'}", f"model: {out / 'sparse'}")
+
+
+@app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help="the pruned model's directory", show_default=False)],
+    settings: Section = None,
+    *,
+    task: TaskName,
+    out: Out,
+    masks: Annotated[Path | None, typer.Option(help="masks.safetensors; needed by mode=sparse_to_sparse")] = None,
+    data: Data = None,
+    seed: Seed = 0,
+    dtype: DtypeName = "auto",
+    device: DeviceName = "auto",
+) -> None:
+    """Step 2: train the elastic adapter. Writes adapter/super and tune.json; goes on from a checkpoint in OUT."""
+    import shutil
+
+    from phoenix_sparse import steps
+    from phoenix_sparse.finetuning.settings import FinetuneSettings
+    from phoenix_sparse.models import find_model
+    from phoenix_sparse.recipe import check, override
+
+    chosen = check(FinetuneSettings, override({}, settings or ()), "tune")
+    if chosen.mode == "sparse_to_sparse" and masks is None:
+        raise PhoenixError("tune: mode=sparse_to_sparse trains through masks; give --masks, or mode=sparse_to_dense")
+    through = steps.read_masks(masks) if masks is not None and chosen.mode == "sparse_to_sparse" else None
+    work = out / ".work"
+    with _machine(dtype, device, seed) as machine:
+        steps.tune(find_model(model), through, _task(task, data, seed), chosen, out, machine, work=work)
+    shutil.rmtree(work, ignore_errors=True)
+    _say(f"adapter: {out / 'adapter' / 'super'}")
+
+
+@app.command()
+def search(
+    model: Annotated[str, typer.Argument(help="the pruned model's directory", show_default=False)],
+    settings: Section = None,
+    *,
+    adapter: AdapterDirectory,
+    task: TaskName,
+    out: Out,
+    masks: Annotated[
+        Path | None, typer.Option(help="masks.safetensors, if the adapter was trained through them")
+    ] = None,
+    data: Data = None,
+    batch_size: BatchSize = 32,
+    seed: Seed = 0,
+    dtype: DtypeName = "auto",
+    device: DeviceName = "auto",
+) -> None:
+    """Step 2, its end: choose a sub-adapter on the validation split. Writes search.json and adapter/chosen."""
+    import shutil
+
+    from phoenix_sparse import steps
+    from phoenix_sparse.evaluation.settings import EvaluateSettings
+    from phoenix_sparse.finetuning.settings import SearchSettings
+    from phoenix_sparse.models import find_model
+    from phoenix_sparse.recipe import check, override
+
+    chosen = check(SearchSettings, override({}, settings or ()), "search")
+    through = steps.read_masks(masks) if masks is not None else None
+    evaluation = check(EvaluateSettings, {"batch_size": batch_size}, "search")
+    work = out / ".work"
+    with _machine(dtype, device, seed) as machine:
+        steps.search(
+            find_model(model), through, _task(task, data, seed), adapter, chosen, evaluation, out, machine, work=work
+        )
+    shutil.rmtree(work, ignore_errors=True)
+    _say(f"adapter: {out / 'adapter' / 'chosen'}", f"candidates: {out / 'search.json'}")
+
+
+@app.command()
+def merge(
+    model: Annotated[str, typer.Argument(help="the pruned model's directory", show_default=False)],
+    *,
+    masks: MaskFile,
+    adapter: AdapterDirectory,
+    out: Out,
+    remask: Annotated[bool, typer.Option("--remask", help="mask again after merging an adapter without masks")] = False,
+    task: Annotated[str | None, typer.Option(help="compare logits on this task's examples")] = None,
+    data: Data = None,
+    seed: Seed = 0,
+    dtype: DtypeName = "auto",
+    device: DeviceName = "auto",
+) -> None:
+    """Step 3: merge an adapter and certify the result. Writes merged/ and certificate.json."""
+    from phoenix_sparse import steps
+    from phoenix_sparse.models import find_model
+
+    texts = steps.SAMPLE_TEXTS
+    if task is not None:
+        texts = [example.prompt + example.completion for example in _task(task, data, seed).train[:8]]
+    with _machine(dtype, device, seed) as machine:
+        steps.merge(find_model(model), steps.read_masks(masks), adapter, out, machine, remask=remask, texts=texts)
+    _say(f"model: {out / 'merged'}", f"certificate: {out / 'certificate.json'}")
+
+
+@app.command()
+def validate(
+    model: Model,
+    *,
+    masks: MaskFile,
+    out: Annotated[Path | None, typer.Option(help="a JSON file for the figures of every layer")] = None,
+) -> None:
+    """Check a model against masks: exits with 1 if a zero was filled."""
+    from phoenix_sparse.files import write_json
+    from phoenix_sparse.masks import inspect, require_preserved
+    from phoenix_sparse.models import find_model, load_model, prunable_linears
+    from phoenix_sparse.steps import read_masks
+
+    expected = read_masks(masks)
+    with _machine("auto", "cpu", 0):
+        layers = prunable_linears(load_model(find_model(model), device="cpu"))
+    if out is not None:
+        write_json(out, inspect(expected, layers))
+    report = require_preserved(expected, layers, model)
+    zeros = sum(round(layer["sparsity"] * expected[name].numel()) for name, layer in report.items())
+    total = sum(mask.numel() for mask in expected.values())
+    _say(f"{model}: 0 non-zeros off the mask in {len(report)} layers; sparsity {zeros / total:.4%}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    *,
+    task: TaskName,
+    out: Out,
+    data: Data = None,
+    limit: Annotated[int | None, typer.Option(help="evaluate on the first examples only")] = None,
+    batch_size: BatchSize = 32,
+    seed: Seed = 0,
+    dtype: DtypeName = "auto",
+    device: DeviceName = "auto",
+) -> None:
+    """Score a model on a task through lm-eval. Writes eval.json."""
+    from phoenix_sparse import steps
+    from phoenix_sparse.evaluation.settings import EvaluateSettings
+    from phoenix_sparse.files import read_json
+    from phoenix_sparse.pipeline import model_directory
+    from phoenix_sparse.recipe import check
+
+    settings = check(EvaluateSettings, {"batch_size": batch_size}, "eval")
+    with _machine(dtype, device, seed) as machine:
+        steps.evaluate(model_directory(model), _task(task, data, seed, max_test=limit), settings, out, machine)
+    score = read_json(out / "eval.json")["phoenix"]
+    error = "" if score["stderr"] is None else f" ± {score['stderr']:.4f}"
+    _say(f"{score['metric']} {score['accuracy']:.4f}{error} on {score['examples']} examples: {out / 'eval.json'}")
+
+
+@app.command()
+def flops(
+    model: Model,
+    *,
+    masks: Annotated[Path | None, typer.Option(help="masks.safetensors; dense unless given")] = None,
+    out: Out,
+    prompt_length: Annotated[int, typer.Option(help="tokens of the prompt")] = 512,
+    context_length: Annotated[int, typer.Option(help="positions that a decoded token attends to")] = 1024,
+) -> None:
+    """Count FLOPs per token and layer, dense and sparse. Writes flops.json."""
+    from phoenix_sparse import steps
+    from phoenix_sparse.console import OUT
+    from phoenix_sparse.evaluation.settings import EvaluateSettings
+    from phoenix_sparse.files import read_json
+    from phoenix_sparse.pipeline import model_directory
+    from phoenix_sparse.recipe import check
+    from phoenix_sparse.report import flops_table
+
+    lengths = {"prompt_length": prompt_length, "context_length": context_length}
+    settings = check(EvaluateSettings, lengths, "flops")
+    with _machine("auto", "cpu", 0):
+        steps.flops(model_directory(model), steps.read_masks(masks) if masks else None, settings, out)
+    OUT.print(flops_table(read_json(out / "flops.json")))
+    _say(f"per layer: {out / 'flops.json'}")
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(help="a run directory", show_default=False)]) -> None:
+    """Write a run's report.html and model card anew."""
+    from phoenix_sparse.report import build_report
+
+    _say(f"report: {build_report(directory)}")
+
+
+def _task(name: str, data: Path | None, seed: int, **more: Any) -> Any:
+    from phoenix_sparse.pipeline import open_task
+    from phoenix_sparse.recipe import check
+    from phoenix_sparse.tasks import TaskSettings
+
+    return open_task(check(TaskSettings, {"name": name, "data": data} | more, "task"), seed=seed)
+
+
+def _machine(dtype: str, device: str, seed: int) -> Any:
+    """Check the common options and show progress for the block."""
+    from contextlib import contextmanager
+
+    from phoenix_sparse import steps
+    from phoenix_sparse.console import showing
+    from phoenix_sparse.recipe import check
+
+    options = check(steps.Common, {"dtype": dtype, "device": device, "seed": seed}, "options")
+
+    @contextmanager
+    def opened() -> Any:
+        steps.be_deterministic()
+        with showing() as show:
+            yield steps.Machine(options.dtype, options.device, options.seed, show.progress)
+
+    return opened()
+
+
+def _say(*lines: str) -> None:
+    from phoenix_sparse.console import OUT
+
+    for line in lines:
+        OUT.print(line, markup=False)
+
+
+def main() -> None:
+    """Run the command line; bad input is one line and exit code 2, a failed check one line and exit code 1."""
+    try:
+        app()
+    except PhoenixError as error:
+        _fail(str(error), error.exit_code)
+    except Exception as error:
+        from phoenix_sparse.files import disk_is_full
+
+        if not disk_is_full(error):
+            raise
+        _fail("the disk is full; free some space, then run again with --resume", PhoenixError.exit_code)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"phx: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Evaluation: accuracy through lm-eval, perplexity, FLOPs."""

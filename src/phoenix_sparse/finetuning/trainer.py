@@ -1,0 +1,198 @@
+"""Train the super-adapter with the Hugging Face Trainer, so that a killed run goes on to the same weights."""
+
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.files import write_json
+from phoenix_sparse.finetuning.adapter import adapter_parameters, elastic_layers, set_ranks
+from phoenix_sparse.finetuning.elastic import draw, uniform
+from phoenix_sparse.finetuning.examples import PadRight
+from phoenix_sparse.finetuning.settings import FinetuneSettings
+from phoenix_sparse.progress import Progress
+
+Row = dict[str, list[int]]
+COMPLETE = "complete.json"
+
+
+def train(
+    model: PeftModel,
+    rows: Sequence[Row],
+    settings: FinetuneSettings,
+    *,
+    pad: int,
+    seed: int,
+    work: Path,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train an adapter in place and give the record of the training.
+
+    Args:
+        model: with its adapter on, on the device to train on.
+        rows: tokenized examples (`examples.tokenize`).
+        settings: of the recipe.
+        pad: the padding token.
+        seed: for the order of the examples and the draws of ranks.
+        work: where checkpoints go; a complete one that lies there is gone on from.
+        progress: called with (what, step, steps).
+
+    Returns:
+        `log` (step, epoch, loss, learning_rate, grad_norm), `steps`, `examples`, `tokens`, `seconds` (of this
+        attempt), `resumed_from`, `peak_memory_bytes` (None on a CPU) and `trainable_parameters`.
+
+    Raises:
+        PhoenixError: there are no examples, or the loss is no longer finite.
+    """
+    if not rows:
+        raise PhoenixError(
+            "finetune: no training example fits finetune.max_length; raise it or look at the task's data"
+        )
+    device = next(model.parameters()).device
+    order = training_order(len(rows), settings, seed)
+    steps = math.ceil(len(order) / settings.batch_size)
+    layers = list(elastic_layers(model))
+    largest = settings.ranks[0]
+    trainer = _SequentialTrainer(
+        model=model,
+        args=_arguments(settings, steps, seed, work, device),
+        train_dataset=[rows[index] for index in order],
+        data_collator=PadRight(pad),
+        callbacks=[
+            _DrawRanks(model, layers, settings.ranks, seed),
+            _MarkComplete(),
+            _Watch(progress, steps),
+        ],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    checkpoint, started = latest_checkpoint(work), time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    set_ranks(model, uniform(layers, largest))
+    model.eval()
+    per_epoch = len(rows) / settings.batch_size
+    return {
+        "log": [
+            {
+                "step": entry["step"],
+                "epoch": entry["step"] / per_epoch,
+                "loss": entry["loss"],
+                "learning_rate": entry["learning_rate"],
+                "grad_norm": entry["grad_norm"],
+            }
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        ],
+        "steps": steps,
+        "examples": len(order),
+        "tokens": sum(len(rows[index]["input_ids"]) for index in order),
+        "seconds": time.perf_counter() - started,
+        "resumed_from": int(checkpoint.name.rsplit("-", 1)[-1]) if checkpoint else None,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        "trainable_parameters": adapter_parameters(model, uniform(layers, largest)),
+    }
+
+
+def training_order(count: int, settings: FinetuneSettings, seed: int) -> list[int]:
+    """The examples' order over all epochs, each a permutation of its own; a part of an epoch is a part of one."""
+    total = math.ceil(settings.epochs * count)
+    if settings.max_steps is not None:
+        total = settings.max_steps * settings.batch_size
+    generator, order = torch.Generator().manual_seed(seed), list[int]()
+    while len(order) < total:
+        order += torch.randperm(count, generator=generator).tolist()
+    return order[:total]
+
+
+def latest_checkpoint(work: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; halves that a kill left behind are removed."""
+    found = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[-1]))
+    for path in [path for path in found if not (path / COMPLETE).is_file()]:
+        shutil.rmtree(path)
+        found.remove(path)
+    return found[-1] if found else None
+
+
+def _arguments(
+    settings: FinetuneSettings, steps: int, seed: int, work: Path, device: torch.device
+) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        per_device_train_batch_size=settings.micro_batch,
+        gradient_accumulation_steps=settings.batch_size // settings.micro_batch,
+        num_train_epochs=1,  # the dataset is all epochs in their order, see training_order
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=math.ceil(settings.warmup * steps),
+        max_grad_norm=settings.max_grad_norm,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        optim="adamw_torch_fused" if device.type == "cuda" else "adamw_torch",
+        logging_steps=settings.log_every,
+        logging_nan_inf_filter=False,
+        save_steps=settings.checkpoint_every,
+        save_total_limit=2,
+        seed=seed,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+    )
+    # One process uses one GPU; several are a matter for `accelerate launch`, never for nn.DataParallel.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+class _SequentialTrainer(Trainer):
+    """Reads the dataset in its order, which is already the shuffled one: a resumed run only has to skip."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return SequentialSampler(train_dataset or self.train_dataset)  # type: ignore[arg-type]
+
+
+class _DrawRanks(TrainerCallback):
+    """One draw an optimizer step, before its first micro-batch."""
+
+    def __init__(self, model: PeftModel, layers: list[str], space: tuple[int, ...], seed: int) -> None:
+        self.model, self.layers, self.space, self.seed = model, layers, space, seed
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        set_ranks(self.model, draw(self.layers, self.space, self.seed, state.global_step))
+
+
+class _MarkComplete(TrainerCallback):
+    """The Trainer writes checkpoints file by file; the last file, written by us, says that all are there."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        write_json(directory / COMPLETE, {"step": state.global_step})
+
+
+class _Watch(TrainerCallback):
+    """Report progress, and end a training whose loss is lost."""
+
+    def __init__(self, progress: Progress | None, steps: int) -> None:
+        self.progress, self.steps = progress, steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        if self.progress is not None:
+            self.progress("training step", state.global_step, self.steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        logs = kwargs["logs"]
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise PhoenixError(
+                f"finetune: the loss is {logs['loss']} at step {state.global_step}; "
+                f"lower finetune.learning_rate ({args.learning_rate}) or raise finetune.warmup"
+            )

@@ -1,0 +1,86 @@
+"""Step 3: merge the adapter into the weights, and certify what came out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from phoenix_sparse.files import sha256
+from phoenix_sparse.finetuning.adapter import elastic_layers
+from phoenix_sparse.masks import Masks, apply_masks, inspect, masks_sha256
+from phoenix_sparse.models import prunable_linears
+
+
+@torch.no_grad()
+def merge(model: PeftModel, *, remask: Masks | None = None) -> Any:
+    """Add the adapter's update to the weights: W += M⊙(s·BA), with M all ones where the adapter has no mask.
+
+    Args:
+        model: with its adapter; it is taken apart.
+        remask: masks to apply once more after a dense update, which loses what the update put off the mask.
+
+    Returns:
+        The plain model.
+    """
+    for layer in elastic_layers(model).values():
+        layer.weight.copy_(layer.merged_weight())
+    plain: Any = model.unload()  # type: ignore[operator]
+    if remask is not None:
+        apply_masks(remask, prunable_linears(plain))
+    return plain
+
+
+@torch.no_grad()
+def sample_logits(model: Any, rows: Sequence[list[int]], pad: int) -> list[Tensor]:
+    """Logits of some token sequences, each (tokens, vocabulary), float32 on the CPU."""
+    device = next(model.parameters()).device
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
+    seen = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    logits = model(input_ids=ids, attention_mask=seen, use_cache=False).logits.float().cpu()
+    return [logits[index, : len(row)] for index, row in enumerate(rows)]
+
+
+def certify(
+    model: Any,
+    masks: Masks,
+    *,
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    mode: str,
+    adapter: Path,
+    merged: Path,
+) -> dict[str, Any]:
+    """Say what the merge did, in figures that anyone can check again.
+
+    Args:
+        model: the merged model as it was loaded from its directory.
+        masks: the pruning's masks.
+        before: the adapter model's logits on some sequences (`sample_logits`).
+        after: the merged model's on the same.
+        mode: sparse_to_sparse or sparse_to_dense.
+        adapter: the sub-adapter's directory.
+        merged: the merged model's directory.
+    """
+    layers = inspect(masks, prunable_linears(model))
+    total = sum(mask.numel() for mask in masks.values())
+    nonzero = sum(layer["nnz"] for layer in layers.values())
+    pairs = list(zip(before, after, strict=True))
+    agreeing = sum(int((one.argmax(-1) == two.argmax(-1)).sum()) for one, two in pairs)
+    positions = sum(one.shape[0] for one in before)
+    return {
+        "mode": mode,
+        "off_mask_nonzeros": sum(layer.pop("off_mask_nonzeros") for layer in layers.values()),
+        "max_abs_logit_difference": max(float((one - two).abs().max()) for one, two in pairs),
+        "logits_compared": sum(one.numel() for one in before),
+        "argmax_agreement": agreeing / positions,
+        "sparsity": 1 - nonzero / total,
+        "layers": layers,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "masks_sha256": masks_sha256(masks),
+        "adapter_sha256": sha256(adapter),
+        "merged_sha256": sha256(merged),
+    }

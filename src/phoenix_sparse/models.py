@@ -1,0 +1,177 @@
+"""Models as Hugging Face directories: find, check, load and save them, and walk their decoder blocks."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.files import atomic_path
+from phoenix_sparse.settings import Device, Dtype
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+def find_model(name: str) -> Path:
+    """Give the directory of a model: a local path as it is, a hub name through the hub's cache.
+
+    Raises:
+        PhoenixError: there is no such directory, the hub can't give it, or it holds no safetensors weights.
+    """
+    directory = Path(name).expanduser()
+    if not directory.is_dir():
+        if directory.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+            raise PhoenixError(f"model: {name} is not a directory; give a Hugging Face model directory or a hub name")
+        directory = _download(name)
+    if not (directory / "config.json").is_file():
+        raise PhoenixError(f"model: {directory} has no config.json; give a Hugging Face model directory")
+    if not any((directory / file).is_file() for file in WEIGHTS):
+        raise PhoenixError(f"model: {directory} has no {WEIGHTS[0]}; only safetensors weights are read")
+    return directory
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise PhoenixError(
+            f"model: {name} is neither a local directory nor to be had from the hub ({_line(error)})"
+        ) from error
+
+
+def find_device(device: Device) -> torch.device:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise PhoenixError("device: cuda was asked for and torch sees no GPU; use device=cpu or device=auto")
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def load_config(directory: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise PhoenixError(f"{directory}/config.json: not a model configuration ({_line(error)})") from error
+
+
+def load_model(directory: Path, dtype: Dtype = "auto", device: Device = "auto") -> Any:
+    """Load a causal language model for computing with, in one dtype.
+
+    `auto` keeps the dtype that the weights are stored in, except float16, which can't hold the gradients of
+    training: it becomes bfloat16 on a GPU and float32 on a CPU.
+
+    Raises:
+        PhoenixError: a file is damaged, weights are missing or of the wrong shape, or a weight is not finite.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    directory, place = Path(directory), find_device(device)
+    config = load_config(directory)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            dtype=_choose_dtype(config, dtype, place),
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise PhoenixError(f"{directory}: the weights can't be loaded ({_line(error)})") from error
+    model, info = loaded
+    for kind in ("missing_keys", "mismatched_keys"):
+        if info.get(kind):
+            name = sorted(str(key) for key in info[kind])[0]
+            raise PhoenixError(
+                f"{directory}: {len(info[kind])} {kind.replace('_', ' ')}, {name} first; the file is not whole"
+            )
+    check_finite(model, directory)
+    return model.to(place).eval()
+
+
+def _choose_dtype(config: Any, dtype: Dtype, device: torch.device) -> torch.dtype:
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    stored = getattr(config, "dtype", None) or torch.float32
+    if stored == torch.float16:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return stored
+
+
+def check_finite(model: nn.Module, where: Path | str) -> None:
+    """Refuse a model with a weight that is NaN or infinite, by the weight's name."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            count = int((~torch.isfinite(parameter)).sum())
+            raise PhoenixError(f"{where}: {name} has {count} weights that are NaN or infinite; a model must be finite")
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """Load a tokenizer that can pad (with its end token, where it has no padding token of its own)."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise PhoenixError(f"{directory}: the tokenizer can't be loaded ({_line(error)})") from error
+    if tokenizer.eos_token_id is None:
+        raise PhoenixError(f"{directory}: the tokenizer has no end-of-text token, which completions need")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
+    """Write an ordinary Hugging Face directory, whole or not at all."""
+    with atomic_path(directory) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Name the decoder blocks in order, `model.layers.0` and so on (OPT: `model.decoder.layers.0`).
+
+    Raises:
+        PhoenixError: the model has no list of blocks as long as its configuration says.
+    """
+    count = getattr(model.config, "num_hidden_layers", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return {f"{name}.{index}": block for index, block in enumerate(module)}
+    raise PhoenixError(
+        f"{type(model).__name__} has no list of {count} decoder blocks; Llama-like and OPT models have one"
+    )
+
+
+def linears(module: nn.Module, prefix: str = "") -> dict[str, nn.Linear]:
+    """The linear layers inside a module by their full names."""
+    start = f"{prefix}." if prefix else ""
+    return {start + name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+
+
+def prunable_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linears that Phoenix prunes and adapts: those inside decoder blocks. Embeddings and lm_head stay dense.
+
+    Raises:
+        PhoenixError: the blocks hold none (GPT-2, for one, has its own kind of layer).
+    """
+    found: dict[str, nn.Linear] = {}
+    for name, block in decoder_blocks(model).items():
+        found |= linears(block, name)
+    if not found:
+        raise PhoenixError(
+            f"{type(model).__name__} has no nn.Linear inside its decoder blocks; nothing could be pruned"
+        )
+    return found
+
+
+def _line(error: BaseException) -> str:
+    """The first line of a library's message, short enough to stand in ours."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return text if len(text) <= 200 else text[:197] + "..."

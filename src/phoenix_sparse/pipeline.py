@@ -1,0 +1,168 @@
+"""The whole story: dense model and task in, sparse fine-tuned model and its evidence out."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from phoenix_sparse import steps
+from phoenix_sparse.files import sha256
+from phoenix_sparse.models import find_device, find_model
+from phoenix_sparse.progress import Announce, Progress
+from phoenix_sparse.recipe import Recipe
+from phoenix_sparse.runs import Run, open_run
+from phoenix_sparse.steps import Machine
+from phoenix_sparse.tasks import Task, TaskSettings, load_task
+
+
+def run(
+    recipe: Recipe,
+    out: Path | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    announce: Announce | None = None,
+) -> Path:
+    """Do what a recipe says.
+
+    Args:
+        recipe: from `load_recipe`.
+        out: the run directory; runs/<name> unless given.
+        resume: go on with a run that lies there, from the last stage or checkpoint that was finished.
+        overwrite: remove a run that lies there.
+        progress: called with (what, done, all).
+        announce: called when a stage begins, ends or is skipped.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        PhoenixError: for everything that is wrong with the input.
+    """
+    if recipe.deterministic:
+        steps.be_deterministic()
+    find_device(recipe.device)
+    model = model_directory(recipe.model)
+    task = open_task(recipe.task, seed=recipe.seed)
+    machine = Machine(recipe.dtype, recipe.device, recipe.seed, progress)
+    with open_run(
+        recipe, out or Path("runs") / recipe.name, resume=resume, overwrite=overwrite, announce=announce
+    ) as this:
+        if "model" not in this.manifest["inputs"]:
+            this.describe(model={"path": recipe.model, "sha256": sha256(model)}, task=task.record())
+
+        # 1. Adaptive sparsity initialisation: which weights can the task do without?
+        this.stage("sparsify", lambda: steps.sparsify(model, task, recipe.sparsify, this.directory, machine))
+
+        # 2. Sparsity-aware fine-tuning through the mask, and the search for the best sub-adapter.
+        this.stage("finetune", lambda: _finetune(this, recipe, task, machine))
+        this.stage("search", lambda: _search(this, recipe, task, machine))
+
+        # 3. The merge, which keeps every zero, and its certificate.
+        this.stage("merge", lambda: _merge(this, recipe, task, machine))
+
+        # The evidence.
+        this.stage(
+            "evaluate", lambda: steps.evaluate(this.path("merged"), task, recipe.evaluate, this.directory, machine)
+        )
+        for baseline in recipe.evaluate.baselines:
+            this.stage(f"baseline {baseline}", partial(_baseline, this, recipe, task, machine, model, baseline))
+        this.stage("flops", lambda: steps.flops(this.path("merged"), _masks(this), recipe.evaluate, this.directory))
+        this.stage("report", lambda: _report(this))
+    return this.directory
+
+
+def model_directory(name: str) -> Path:
+    """The directory of a model by the name that a recipe gives it; `demo` is the bundled one."""
+    if name == "demo":
+        from phoenix_sparse import demo
+
+        return demo.model_directory()
+    return find_model(name)
+
+
+def open_task(settings: TaskSettings, *, seed: int) -> Task:
+    """Load a task; `demo` is the bundled one."""
+    if settings.name == "demo":
+        from phoenix_sparse import demo
+
+        settings = settings.model_copy(update={"name": str(demo.task_directory())})
+    return load_task(settings, seed=seed)
+
+
+def _masks(this: Run) -> steps.Masks:
+    return steps.read_masks(this.path("masks.safetensors"))
+
+
+def _through(this: Run, recipe: Recipe) -> steps.Masks | None:
+    """The masks that the adapter sees."""
+    return _masks(this) if recipe.finetune.mode == "sparse_to_sparse" else None
+
+
+def _finetune(this: Run, recipe: Recipe, task: Task, machine: Machine) -> list[str]:
+    return steps.tune(
+        this.path("sparse"),
+        _through(this, recipe),
+        task,
+        recipe.finetune,
+        this.directory,
+        machine,
+        work=this.work("finetune"),
+    )
+
+
+def _search(this: Run, recipe: Recipe, task: Task, machine: Machine) -> list[str]:
+    return steps.search(
+        this.path("sparse"),
+        _through(this, recipe),
+        task,
+        this.path("adapter/super"),
+        recipe.search,
+        recipe.evaluate,
+        this.directory,
+        machine,
+        work=this.work("search"),
+    )
+
+
+def _merge(this: Run, recipe: Recipe, task: Task, machine: Machine) -> list[str]:
+    examples = (task.validation or task.train)[: recipe.evaluate.certificate_examples]
+    return steps.merge(
+        this.path("sparse"),
+        _masks(this),
+        this.path("adapter/chosen"),
+        this.directory,
+        machine,
+        remask=recipe.finetune.dense_merge == "remask",
+        texts=[example.prompt + example.completion for example in examples],
+    )
+
+
+def _baseline(this: Run, recipe: Recipe, task: Task, machine: Machine, model: Path, name: str) -> list[str]:
+    out = this.path(f"baselines/{name}")
+    written: list[str] = []
+    if name == "dense_lora":
+        written += _train_dense(this, recipe, task, machine, model, out)
+        source = out / "merged"
+    else:
+        source = {"dense": model, "pruned": this.path("sparse")}[name]
+    written += steps.evaluate(source, task, recipe.evaluate, out, machine)
+    return [f"baselines/{name}/{file}" for file in written]
+
+
+def _train_dense(this: Run, recipe: Recipe, task: Task, machine: Machine, model: Path, out: Path) -> list[str]:
+    """A plain LoRA of the largest rank on the dense model, with the recipe's hyper-parameters, merged."""
+    rate = recipe.evaluate.dense_lora_learning_rate or recipe.finetune.learning_rate
+    changes: dict[str, Any] = {"mode": "sparse_to_dense", "ranks": recipe.finetune.ranks[:1], "learning_rate": rate}
+    settings = recipe.finetune.model_copy(update=changes)
+    work = this.work("baseline dense_lora")
+    written = steps.tune(model, None, task, settings, out, machine, adapter="adapter", work=work)
+    steps.merge_dense(model, out / "adapter", out / "merged", machine)
+    return [*written, "merged"]
+
+
+def _report(this: Run) -> list[str]:
+    from phoenix_sparse.report import build_report
+
+    build_report(this.directory)
+    return ["report.html", "README.md"]

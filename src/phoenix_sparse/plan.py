@@ -1,0 +1,130 @@
+"""What a recipe would need: memory, disk and time, from the configuration and a short measurement, running nothing."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phoenix_sparse.evaluation.flops import count_flops
+from phoenix_sparse.models import find_device, load_config, load_tokenizer, prunable_linears
+from phoenix_sparse.recipe import Recipe
+from phoenix_sparse.tasks import Task
+
+BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
+SAMPLED_EXAMPLES = 64
+
+
+def estimate(recipe: Recipe, directory: Path, task: Task) -> dict[str, Any]:
+    """Estimate a run's needs.
+
+    Memory counts weights, masks, the adapter with its gradient and Adam's two moments, one buffer of the largest
+    linear, and the activations that training keeps. Time counts the FLOPs of training at the rate that a matrix
+    product of this model's size reaches here and now; launch overheads make small models slower than that.
+
+    Returns:
+        `model`, `task`, `training`, `memory_bytes`, `disk_bytes` and `seconds`, each a mapping of names to figures.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config, device = load_config(directory), find_device(recipe.device)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    width = _width(config, recipe, device)
+    layers = prunable_linears(model)
+    adapted = [m for name, m in layers.items() if not recipe.finetune.targets or _last(name) in recipe.finetune.targets]
+    prunable = sum(layer.weight.numel() for layer in layers.values())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    adapter = recipe.finetune.ranks[0] * sum(layer.in_features + layer.out_features for layer in adapted)
+    tokens = _tokens(task, directory, recipe)
+    examples = math.ceil(recipe.finetune.epochs * len(task.train))
+    if recipe.finetune.max_steps is not None:
+        examples = recipe.finetune.max_steps * recipe.finetune.batch_size
+    weights = parameters * width
+    memory = {
+        "weights": weights,
+        "masks": prunable,
+        "adapter, gradient and optimizer": 16 * adapter,
+        "weight buffer": 2 * width * max(layer.weight.numel() for layer in layers.values()),
+        "activations": _activations(config, recipe, tokens, width),
+    }
+    memory["in all"] = sum(memory.values())
+    checkpoints = 2 * 12 * adapter
+    models = 2 + ("dense_lora" in recipe.evaluate.baselines)
+    disk = {
+        "models": models * weights,
+        "masks": prunable // 8,
+        "adapters and checkpoints": 2 * 4 * adapter + checkpoints,
+    }
+    disk["in all"] = sum(disk.values())
+    # Forward, backward to the inputs, and the weight's gradient: three products of the model's size.
+    forward = count_flops(config, None, prompt_length=max(tokens, 1), context_length=max(tokens, 1))
+    per_example = 3 * forward["prefill"]["total"]["dense"]
+    rate = _rate(config, device, width)
+    trainings = 1 + ("dense_lora" in recipe.evaluate.baselines)
+    return {
+        "model": {"parameters": parameters, "prunable": prunable, "layers": len(layers), "adapter": adapter},
+        "task": {
+            "train": len(task.train),
+            "validation": len(task.validation),
+            "test": task.test_size,
+            "tokens per example": tokens,
+        },
+        "training": {
+            "steps": math.ceil(examples / recipe.finetune.batch_size),
+            "trainings": trainings,
+            "FLOPs": trainings * examples * per_example,
+            "measured FLOP/s": rate,
+        },
+        "memory_bytes": memory,
+        "disk_bytes": disk,
+        "seconds": {"training, at least": trainings * examples * per_example / rate},
+    }
+
+
+def _width(config: Any, recipe: Recipe, device: torch.device) -> int:
+    if recipe.dtype != "auto":
+        return {"float32": 4, "bfloat16": 2}[recipe.dtype]
+    stored = getattr(config, "dtype", None) or torch.float32
+    return 4 if stored == torch.float16 and device.type == "cpu" else BYTES.get(stored, 4)
+
+
+def _last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def _tokens(task: Task, directory: Path, recipe: Recipe) -> int:
+    """Mean length of a training example, from the first few."""
+    tokenizer = load_tokenizer(directory)
+    sample = task.train[:SAMPLED_EXAMPLES]
+    lengths = [len(tokenizer(example.prompt + example.completion).input_ids) + 1 for example in sample]
+    return min(round(sum(lengths) / len(lengths)), recipe.finetune.max_length)
+
+
+def _activations(config: Any, recipe: Recipe, tokens: int, width: int) -> int:
+    """What training keeps: about 16 hidden and 4 intermediate vectors a token and block, and float32 logits twice."""
+    hidden = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", 4 * hidden)
+    block = width * (16 * hidden + 4 * inner)
+    blocks = (
+        block + width * hidden * config.num_hidden_layers
+        if recipe.finetune.gradient_checkpointing
+        else (block * config.num_hidden_layers)
+    )
+    return recipe.finetune.micro_batch * tokens * (blocks + 2 * 4 * config.vocab_size)
+
+
+def _rate(config: Any, device: torch.device, width: int) -> float:
+    """FLOP/s of a product of (2048, hidden) with (hidden, hidden), the median of some."""
+    size = config.hidden_size
+    dtype = torch.float32 if width == 4 else torch.bfloat16
+    one, two = torch.randn(2048, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(12):
+        started = time.perf_counter()
+        one @ two
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return 2 * 2048 * size * size / sorted(seconds[2:])[len(seconds[2:]) // 2]

@@ -1,0 +1,1 @@
+"""Step 1, adaptive sparsity initialisation: which weights the task can do without."""

@@ -1,0 +1,133 @@
+"""What a run directory says: its JSON files, read, checked and put side by side. Nothing is filled in."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.files import read_json
+from phoenix_sparse.report.records import (
+    Accuracy,
+    Allocation,
+    Certificate,
+    Flops,
+    Manifest,
+    Perplexity,
+    Record,
+    Search,
+    Tune,
+)
+
+# The four models of a run, in the order in which they are shown, with the directory of their files.
+ROLES = {"dense": "baselines/dense", "dense_lora": "baselines/dense_lora", "pruned": "baselines/pruned", "tuned": "."}
+ROLE_NAMES = {
+    "dense": "Dense base",
+    "dense_lora": "Dense LoRA",
+    "pruned": "Pruned, untuned",
+    "tuned": "Sparse, tuned, merged",
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything that a report shows. None, or a missing key, where a file is missing."""
+
+    manifest: Manifest
+    recipe: Mapping[str, Any] | None
+    accuracies: Mapping[str, Accuracy]
+    tunes: Mapping[str, Tune]
+    perplexities: Mapping[str, Perplexity]
+    allocation: Allocation | None
+    search: Search | None
+    certificate: Certificate | None
+    flops: Flops | None
+    has_merged_model: bool
+
+    @property
+    def sparsities(self) -> dict[str, float]:
+        """Sparsity of each pruned linear: measured in the merged model, else that of the masks."""
+        layers = self.certificate.layers if self.certificate else self.allocation.layers if self.allocation else {}
+        return {name: layer.sparsity for name, layer in layers.items()}
+
+    @property
+    def accuracies_compare(self) -> bool:
+        """Whether all accuracies were measured in one way: task, metric, split, number of examples and of shots."""
+        ways = {(a.task, a.metric, a.split, a.examples, a.num_fewshot) for a in self.accuracies.values()}
+        return len(ways) <= 1
+
+
+def read_facts(run_directory: Path) -> Facts:
+    """Read the files of a run directory.
+
+    Raises:
+        PhoenixError: it isn't a run directory, or one of its files is damaged (the message names file and field).
+    """
+    run_directory = Path(run_directory)
+    if not (run_directory / "manifest.json").is_file():
+        raise PhoenixError(f"{run_directory}: no manifest.json; give a run directory")
+    manifest = _read(run_directory / "manifest.json", Manifest)
+    if manifest is None:
+        raise PhoenixError(f"{run_directory}: no manifest.json; give a run directory")
+    search = _read(run_directory / "search.json", Search)
+    if search is not None:
+        _check_search(run_directory / "search.json", search)
+    return Facts(
+        manifest=manifest,
+        recipe=_read_recipe(run_directory / "recipe.yaml"),
+        accuracies=_by_role(run_directory, "eval.json", Accuracy, "phoenix"),
+        tunes=_by_role(run_directory, "tune.json", Tune),
+        perplexities=_by_role(run_directory, "perplexity.json", Perplexity),
+        allocation=_read(run_directory / "allocation.json", Allocation),
+        search=search,
+        certificate=_read(run_directory / "certificate.json", Certificate),
+        flops=_read(run_directory / "flops.json", Flops),
+        has_merged_model=(run_directory / "merged" / "config.json").is_file(),
+    )
+
+
+R = TypeVar("R", bound=Record)
+
+
+def _read(path: Path, kind: type[R], key: str | None = None) -> R | None:
+    """Read one file, or None where there is none. With `key`, only that part of it."""
+    if not path.exists():
+        return None
+    value = read_json(path)
+    if key is not None:
+        if not isinstance(value, dict) or key not in value:
+            raise PhoenixError(f"{path}: no {key!r} in it; the file is not one that Phoenix wrote")
+        value = value[key]
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise PhoenixError(f"{path}: {field}: {first['msg']}; the file is damaged") from error
+
+
+def _by_role(run_directory: Path, file: str, kind: type[R], key: str | None = None) -> dict[str, R]:
+    found = {role: _read(run_directory / place / file, kind, key) for role, place in ROLES.items()}
+    return {role: value for role, value in found.items() if value is not None}
+
+
+def _read_recipe(path: Path) -> Mapping[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise PhoenixError(f"{path}: not a YAML file ({type(error).__name__})") from error
+    if not isinstance(recipe, dict):
+        raise PhoenixError(f"{path}: expected settings by name; the file is damaged")
+    return recipe
+
+
+def _check_search(path: Path, search: Search) -> None:
+    known = {candidate.id for candidate in search.candidates}
+    for name in [*search.front, search.choice]:
+        if name not in known:
+            raise PhoenixError(f"{path}: candidate {name!r} is named and isn't listed; the file is damaged")

@@ -1,0 +1,185 @@
+"""What a run's JSON files hold, as far as the report shows it: one record a file, checked when read."""
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
+
+
+class Record(BaseModel):
+    """A part of a file. A key that the report doesn't show is let through; NaN and infinity are not."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+class Stage(Record):
+    status: str
+    seconds: float | None = None
+
+
+class Host(Record):
+    platform: str | None = None
+    cpu: str | None = None
+    cores: int | None = None
+    gpu: str | None = None
+    memory_bytes: int | None = None
+
+
+class ModelInput(Record):
+    path: str
+    sha256: str | None = None
+
+
+class TaskInput(Record):
+    name: str
+    train: int | None = None
+    validation: int | None = None
+    test: int | None = None
+    dropped_overlap: int | None = None
+
+
+class Inputs(Record):
+    """Both are missing in a run that stopped before it had read them."""
+
+    model: ModelInput | None = None
+    task: TaskInput | None = None
+
+
+class Manifest(Record):
+    phoenix: str
+    name: str
+    created: str
+    git_commit: str | None = None
+    versions: dict[str, str] = {}
+    host: Host = Host()
+    seed: int | None = None
+    inputs: Inputs = Inputs()
+    stages: dict[str, Stage] = {}
+
+
+class Accuracy(Record):
+    accuracy: float = Field(ge=0, le=1)
+    stderr: float | None = Field(default=None, ge=0)
+    metric: str
+    task: str
+    split: str
+    examples: NonNegativeInt
+    num_fewshot: NonNegativeInt
+    seconds: float | None = None
+
+
+class AllocatedLayer(Record):
+    shape: tuple[int, int]
+    nnz: NonNegativeInt
+    sparsity: float = Field(ge=0, le=1)
+
+
+class Allocation(Record):
+    sparsity: float = Field(ge=0, le=1)
+    method: str
+    layers: dict[str, AllocatedLayer]
+
+
+class TuneStep(Record):
+    step: NonNegativeInt
+    loss: float | None = None
+
+
+class Tune(Record):
+    log: list[TuneStep]
+    resumed_from: int | None = None
+    steps: int | None = None
+    examples: int | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    trainable_parameters: int | None = None
+
+
+class Candidate(Record):
+    id: int | str
+    origin: str
+    ranks: dict[str, int]
+    accuracy: float = Field(ge=0, le=1)
+    stderr: float | None = Field(default=None, ge=0)
+    parameters: NonNegativeInt
+    seconds: float | None = None
+
+
+class Search(Record):
+    space: list[int]
+    method: str
+    budget: int
+    validation_examples: int
+    candidates: list[Candidate]
+    front: list[int | str]
+    choice: int | str
+    rule: str
+
+
+class CertifiedLayer(Record):
+    sparsity: float = Field(ge=0, le=1)
+    mask_sparsity: float = Field(ge=0, le=1)
+    nnz: NonNegativeInt
+
+
+class Certificate(Record):
+    off_mask_nonzeros: NonNegativeInt
+    max_abs_logit_difference: float
+    logits_compared: NonNegativeInt
+    argmax_agreement: float = Field(ge=0, le=1)
+    sparsity: float = Field(ge=0, le=1)
+    layers: dict[str, CertifiedLayer]
+    masks_sha256: str
+    adapter_sha256: str
+    merged_sha256: str
+    dtype: str
+    mode: str
+
+
+class Cost(Record):
+    dense: float
+    sparse: float
+    reduction: float | None
+
+
+class Prefill(Record):
+    linears: Cost
+    lm_head: Cost
+    attention: float
+    total: Cost
+    per_token: Cost
+
+
+class Decode(Record):
+    linears: Cost
+    lm_head: Cost
+    attention: float
+    total: Cost
+
+
+class Parameters(Record):
+    total: int
+    nnz: int
+    density: float
+
+
+class Bytes(Record):
+    dense: int
+    nonzero_values: int
+    nonzero_values_and_bitmask: int
+    kv_cache: int
+
+
+class Flops(Record):
+    convention: str
+    prompt_length: int
+    context_length: int
+    prefill: Prefill
+    decode: Decode
+    parameters: Parameters
+    bytes: Bytes
+
+
+class Perplexity(Record):
+    perplexity: float
+    context_length: int
+    tokens: int
+    text: str

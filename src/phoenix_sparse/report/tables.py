@@ -1,0 +1,99 @@
+"""Tables for the terminal: how a run ended, a count of FLOPs, a plan."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.report.facts import ROLE_NAMES, ROLES, read_facts
+from phoenix_sparse.report.records import Flops
+from phoenix_sparse.report.text import MISSING, accuracy, number, percent, scaled, seconds, size, times
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def summary_table(run_directory: Path) -> "Table":
+    """The four accuracies, the sparsity that the certificate measured, and the FLOPs of a run.
+
+    Raises:
+        PhoenixError: not a run directory, or a damaged one.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    facts = read_facts(run_directory)
+    # Text objects, as rich would read a [name] in a plain string as its own markup.
+    table = Table(title=Text(facts.manifest.name), show_header=False, title_justify="left")
+    table.add_column(style="dim")
+    table.add_column(justify="right")
+    for role in ROLES:
+        style = "bold" if role == "tuned" else ""
+        value = accuracy(facts.accuracies.get(role))
+        table.add_row(Text(f"accuracy, {ROLE_NAMES[role].lower().replace('lora', 'LoRA')}"), Text(value, style=style))
+    certificate, flops = facts.certificate, facts.flops
+    table.add_section()
+    table.add_row("sparsity after the merge", percent(certificate.sparsity) if certificate else MISSING)
+    table.add_row("non-zeros off the mask", number(certificate.off_mask_nonzeros) if certificate else MISSING)
+    table.add_section()
+    for name, part in (("read the prompt", flops and flops.prefill), ("write one token", flops and flops.decode)):
+        cost = part.total if part else None
+        text = f"{scaled(cost.dense)} → {scaled(cost.sparse)} ({times(cost.reduction)})" if cost else MISSING
+        table.add_row(f"FLOPs to {name}", text)
+    return table
+
+
+def flops_table(counted: Mapping[str, Any]) -> "Table":
+    """FLOPs by part, dense and sparse, from what `count_flops` gives.
+
+    Raises:
+        PhoenixError: the figures are not those of `count_flops`.
+    """
+    from rich.table import Table
+
+    try:
+        flops = Flops.model_validate(counted)
+    except ValidationError as error:
+        raise PhoenixError(f"flops: {error.errors()[0]['loc']} is wrong or missing; count them anew") from error
+    table = Table(title="FLOPs", title_justify="left")
+    table.add_column("")
+    for heading in ("dense", "sparse", "fewer"):
+        table.add_column(heading, justify="right")
+    prompt, context = number(flops.prompt_length), number(flops.context_length)
+    for name, part in (
+        (f"a prompt of {prompt} tokens", flops.prefill),
+        (f"one token at a context of {context}", flops.decode),
+    ):
+        for label, cost in (("linears", part.linears), ("lm_head", part.lm_head)):
+            table.add_row(f"{name}: {label}", scaled(cost.dense), scaled(cost.sparse), times(cost.reduction))
+        table.add_row(f"{name}: attention", scaled(part.attention), scaled(part.attention), times(1.0))
+        total = part.total
+        table.add_row(f"{name}: total", scaled(total.dense), scaled(total.sparse), times(total.reduction), style="bold")
+        table.add_section()
+    weights, sizes = flops.parameters, flops.bytes
+    fewer = weights.total / weights.nnz if weights.nnz else None
+    table.add_row("non-zero parameters", scaled(weights.total), scaled(weights.nnz), times(fewer))
+    fewer = sizes.dense / sizes.nonzero_values_and_bitmask if sizes.nonzero_values_and_bitmask else None
+    table.add_row("weights, with a bit mask", size(sizes.dense), size(sizes.nonzero_values_and_bitmask), times(fewer))
+    return table
+
+
+def plan_table(figures: Mapping[str, Mapping[str, float]]) -> "Table":
+    """What a recipe would need, from `plan.estimate`: groups of figures, written by the group's unit."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="Plan (estimates)", title_justify="left", show_header=False)
+    table.add_column(style="dim")
+    table.add_column()
+    table.add_column(justify="right")
+    writers = {"memory_bytes": size, "disk_bytes": size, "seconds": seconds}
+    for group, values in figures.items():
+        for index, (name, value) in enumerate(values.items()):
+            write = writers.get(group, scaled if value >= 1e9 else number)
+            title = group.removesuffix("_bytes") if group != "seconds" else "time"
+            table.add_row(title if index == 0 else "", Text(name), write(value))
+        table.add_section()
+    return table

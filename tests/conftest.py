@@ -1,0 +1,101 @@
+"""Tiny models, a byte tokenizer and a tiny task, made on the spot."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+COMMON = {
+    "vocab_size": 257,
+    "max_position_embeddings": 256,
+    "bos_token_id": 256,
+    "eos_token_id": 256,
+    "pad_token_id": 256,
+}
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**SIZES, **COMMON, num_key_value_heads=2),
+    "mistral": lambda: MistralConfig(**SIZES, **COMMON, num_key_value_heads=2, sliding_window=16),
+    "qwen2": lambda: Qwen2Config(**SIZES, **COMMON, num_key_value_heads=2),
+    "opt": lambda: OPTConfig(
+        hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32, **COMMON
+    ),
+}
+
+
+def make_model(kind: str = "llama", seed: int = 0):
+    """A randomly initialised model whose weights are spread out enough for logits to differ."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind]()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=0.1)
+    return model
+
+
+@pytest.fixture
+def llama():
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """One token a byte, 256 ends a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    vocabulary = {character: byte for byte, character in bytes_to_unicode().items()} | {"<end>": 256}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<end>", eos_token="<end>", pad_token="<end>")
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory, tokenizer) -> Path:
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    make_model().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def task_directory(tmp_path_factory) -> Path:
+    """Sums of one digit, a task of its own in a folder."""
+    directory = tmp_path_factory.mktemp("tasks") / "sums"
+    directory.mkdir()
+    pairs = [(a, b) for a in range(10) for b in range(10)]
+    random.Random(0).shuffle(pairs)
+    for split, part in {"train": pairs[:70], "validation": pairs[70:80], "test": pairs[80:]}.items():
+        rows = [json.dumps({"question": f"{a}+{b}", "answer": str(a + b)}) for a, b in part]
+        (directory / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    (directory / "task.yaml").write_text(
+        "output_type: generate_until\n"
+        'doc_to_text: "{{question}}="\n'
+        'doc_to_target: "{{answer}}"\n'
+        'target_delimiter: ""\n'
+        'generation_kwargs: {until: ["\\n"], max_gen_toks: 3}\n'
+        "training_split: train\nvalidation_split: validation\ntest_split: test\n"
+        "metric_list: [{metric: exact_match}]\n"
+    )
+    return directory
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data and a real model, where they are at hand."""
+    if not SHARED.is_dir():
+        pytest.skip("real data is not at hand")
+    return SHARED

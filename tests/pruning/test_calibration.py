@@ -1,0 +1,51 @@
+import pytest
+import torch
+
+from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.pruning.calibration import calibration_tokens
+from phoenix_sparse.pruning.settings import CalibrationSettings
+
+
+def test_rows_are_full_and_documents_are_parted(tokenizer):
+    settings = CalibrationSettings(samples=3, length=16)
+    tokens = calibration_tokens(settings, ["ab" * 9, "cde" * 6, "f" * 20], tokenizer, max_length=256, seed=0)
+    assert tokens.shape == (3, 16)
+    text = tokenizer.decode(tokens.reshape(-1))
+    assert set(text.replace("<end>", "|")) <= set("abcdef|")
+    assert text.count("<end>") >= 2
+
+
+def test_the_seed_chooses(tokenizer):
+    def tokens(seed):
+        texts = [f"text {n}" for n in range(100)]
+        return calibration_tokens(
+            CalibrationSettings(samples=2, length=32), texts, tokenizer, max_length=256, seed=seed
+        )
+
+    assert torch.equal(tokens(1), tokens(1))
+    assert not torch.equal(tokens(1), tokens(2))
+
+
+def test_fewer_sequences_where_there_is_less_text(tokenizer):
+    tokens = calibration_tokens(CalibrationSettings(samples=9, length=8), ["a" * 20], tokenizer, max_length=256, seed=0)
+    assert tokens.shape == (2, 8)
+
+
+def test_the_model_s_context_is_not_exceeded(tokenizer):
+    settings = CalibrationSettings(samples=1, length=512)
+    assert calibration_tokens(settings, ["a" * 600], tokenizer, max_length=64, seed=0).shape == (1, 64)
+
+
+def test_too_little_text_is_an_error(tokenizer):
+    with pytest.raises(PhoenixError, match="less than one sequence"):
+        calibration_tokens(CalibrationSettings(length=64), ["a"], tokenizer, max_length=256, seed=0)
+
+
+def test_text_comes_from_a_file(tokenizer, tmp_path):
+    (tmp_path / "t.txt").write_text("first document\n<|endoftext|>\nsecond one")
+    settings = CalibrationSettings(source="text", text=tmp_path / "t.txt", samples=1, length=20)
+    tokens = calibration_tokens(settings, [], tokenizer, max_length=256, seed=0)
+    assert "<|endoftext|>" not in tokenizer.decode(tokens[0])
+    missing = CalibrationSettings(source="text", text=tmp_path / "none.txt")
+    with pytest.raises(PhoenixError, match=r"none\.txt can't be read"):
+        calibration_tokens(missing, [], tokenizer, max_length=256, seed=0)

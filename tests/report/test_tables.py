@@ -1,0 +1,64 @@
+"""Tables in the terminal."""
+
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.report import flops_table, plan_table, summary_table
+
+Write = Callable[[dict[str, Any]], Path]
+
+
+def printed(table: Table) -> str:
+    stream = StringIO()
+    Console(file=stream, width=100).print(table)
+    return stream.getvalue()
+
+
+def test_summary(files: dict[str, Any], write_run: Write) -> None:
+    text = printed(summary_table(write_run(files)))
+    for expected in ("41.2% ± 1.4", "12.0% ± 0.9", "42.5% ± 1.4", "3.2% ± 0.5", "50.1%", "dense LoRA", "×)"):
+        assert expected in text
+    assert "not measured" not in text
+
+
+def test_nothing_is_filled_in(files: dict[str, Any], write_run: Write) -> None:
+    text = printed(summary_table(write_run({"manifest.json": files["manifest.json"]})))
+    assert text.count("not measured") == 8
+    assert "%" not in text
+
+
+def test_a_name_is_no_markup(files: dict[str, Any], write_run: Write) -> None:
+    files["manifest.json"]["name"] = "[red]run[/red] [/nothing]"
+    assert "[red]run[/red] [/nothing]" in printed(summary_table(write_run(files)))
+
+
+def test_not_a_run_directory(tmp_path: Path) -> None:
+    with pytest.raises(PhoenixError, match="give a run directory"):
+        summary_table(tmp_path)
+
+
+def test_flops(files: dict[str, Any]) -> None:
+    counted = files["flops.json"]
+    text = printed(flops_table(counted))
+    assert f"{counted['decode']['total']['reduction']:.2f}×" in text
+    assert "a prompt of 1,024 tokens: total" in text
+    with pytest.raises(PhoenixError, match="decode"):
+        flops_table({key: value for key, value in counted.items() if key != "decode"})
+
+
+def test_plan() -> None:
+    figures = {
+        "model": {"parameters": 8_030_261_248, "layers": 224},
+        "memory_bytes": {"weights": 3 * 2**30},
+        "seconds": {"training, at least": 7325.0},
+    }
+    text = printed(plan_table(figures))
+    for expected in ("8.03 G", "224", "3.0 GiB", "2 h 02 min", "memory", "time", "training, at least"):
+        assert expected in text

@@ -1,0 +1,78 @@
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.files import atomic_path, disk_is_full, inside, read_json, sha256, write_json, write_text
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+    target = tmp_path / "a.txt"
+    write_text(target, "old")
+    with pytest.raises(RuntimeError, match="midway"), atomic_path(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("midway")
+    assert target.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_directory_is_replaced_as_a_whole(tmp_path):
+    target = tmp_path / "model"
+    for name in ("one", "two"):
+        with atomic_path(target) as temporary:
+            temporary.mkdir()
+            (temporary / name).write_text(name)
+    assert [path.name for path in target.iterdir()] == ["two"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_one_line(tmp_path):
+    full = open("/dev/full", "w")  # noqa: SIM115
+    full.write("x")
+    with pytest.raises(PhoenixError, match="disk is full"), atomic_path(tmp_path / "a") as temporary:
+        temporary.write_text("half")
+        full.flush()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_library_s_word_for_a_full_disk_is_understood():
+    assert disk_is_full(RuntimeError("Error while serializing: IoError(Os { code: 28, kind: StorageFull })"))
+    assert not disk_is_full(RuntimeError("out of memory"))
+
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.text()
+
+
+@given(st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+def test_json_comes_back(tmp_path_factory, value):
+    path = tmp_path_factory.getbasetemp() / "value.json"
+    write_json(path, value)
+    assert read_json(path) == value
+
+
+def test_json_errors_name_the_file(tmp_path):
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(PhoenixError, match=r"bad\.json: not a JSON file"):
+        read_json(tmp_path / "bad.json")
+    with pytest.raises(PhoenixError, match="No such file"):
+        read_json(tmp_path / "none.json")
+
+
+def test_a_directory_s_hash_sees_names_and_contents(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_text("1")
+    first = sha256(tmp_path / "a")
+    (tmp_path / "a" / "x").rename(tmp_path / "a" / "y")
+    assert sha256(tmp_path / "a") != first
+    (tmp_path / "a" / "y").rename(tmp_path / "a" / "x")
+    assert sha256(tmp_path / "a") == first
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x"])
+def test_names_stay_inside(tmp_path, name):
+    with pytest.raises(PhoenixError, match="leads out"):
+        inside(tmp_path, name)
+    assert inside(tmp_path, "a/b") == tmp_path / "a" / "b"

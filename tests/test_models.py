@@ -1,0 +1,100 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import CONFIGS, make_model
+from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.models import (
+    decoder_blocks,
+    find_device,
+    find_model,
+    load_model,
+    load_tokenizer,
+    prunable_linears,
+    save_model,
+)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_prunable_linears_are_those_of_the_blocks(kind):
+    model = make_model(kind)
+    names = set(prunable_linears(model))
+    assert len(decoder_blocks(model)) == 2
+    assert len(names) == 2 * (6 if kind == "opt" else 7)
+    assert not any("embed" in name or "lm_head" in name for name in names)
+
+
+def test_a_round_trip_keeps_every_weight(tmp_path, model_directory):
+    model, tokenizer = load_model(model_directory), load_tokenizer(model_directory)
+    save_model(model, tokenizer, tmp_path / "copy")
+    again = load_model(tmp_path / "copy")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    assert load_tokenizer(tmp_path / "copy")("ab").input_ids == tokenizer("ab").input_ids
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/no/such/model", "is not a directory"),
+        ("./missing", "is not a directory"),
+        ("some-model", "is not a directory"),
+    ],
+)
+def test_a_missing_model_is_one_line(name, message):
+    with pytest.raises(PhoenixError, match=message):
+        find_model(name)
+
+
+def test_a_directory_that_is_no_model_is_named(tmp_path):
+    with pytest.raises(PhoenixError, match="no config.json"):
+        find_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(PhoenixError, match=r"no model\.safetensors"):
+        find_model(str(tmp_path))
+
+
+def test_a_truncated_file_is_one_line(tmp_path, model_directory):
+    copy = shutil.copytree(model_directory, tmp_path / "m")
+    whole = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(PhoenixError, match="can't be loaded"):
+        load_model(copy)
+
+
+def test_missing_weights_are_not_made_up(tmp_path, model_directory):
+    copy = shutil.copytree(model_directory, tmp_path / "m")
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PhoenixError, match=r"missing keys, model\.layers\.0\.mlp\.up_proj"):
+        load_model(copy)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(tmp_path, model_directory, value):
+    copy = shutil.copytree(model_directory, tmp_path / "m")
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.weight"][3, 5] = value
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        PhoenixError, match=r"layers\.1\.self_attn\.q_proj\.weight has 1 weights that are NaN or infinite"
+    ):
+        load_model(copy)
+
+
+@pytest.mark.parametrize(("stored", "loaded"), [("bfloat16", torch.bfloat16), ("float16", torch.float32)])
+def test_auto_keeps_the_stored_dtype(tmp_path, model_directory, stored, loaded):
+    model = load_model(model_directory).to(getattr(torch, stored))
+    model.save_pretrained(tmp_path / "m")
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["dtype"] == stored
+    assert next(load_model(tmp_path / "m", device="cpu").parameters()).dtype == loaded
+    assert next(load_model(tmp_path / "m", dtype="float32", device="cpu").parameters()).dtype == torch.float32
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_one_line():
+    with pytest.raises(PhoenixError, match="torch sees no GPU"):
+        find_device("cuda")
