@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from conftest import CONFIGS, make_model
 from phoenix_sparse import merging
 from phoenix_sparse.finetuning.adapter import add_adapter, elastic_layers, save_adapter, set_ranks
 from phoenix_sparse.finetuning.elastic import draw
@@ -9,6 +8,7 @@ from phoenix_sparse.masks import inspect, require_preserved
 from phoenix_sparse.models import prunable_linears, save_model
 from phoenix_sparse.pruning.sequential import prune
 from phoenix_sparse.pruning.settings import SparsifySettings
+from tiny import CONFIGS, make_model
 
 TEXTS = [[1, 2, 3, 4], [5, 6], [7, 8, 9, 10, 11]]
 

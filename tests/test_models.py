@@ -5,7 +5,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import CONFIGS, make_model
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.models import (
     decoder_blocks,
@@ -16,6 +15,7 @@ from phoenix_sparse.models import (
     prunable_linears,
     save_model,
 )
+from tiny import CONFIGS, make_model
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -1,6 +1,11 @@
 """The command line: one typed function a command."""
 
+import hashlib
+import os
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,9 +23,9 @@ app = typer.Typer(
 
 RecipeFile = Annotated[Path, typer.Argument(help="the recipe, a YAML file", show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes, such as sparsify.sparsity=0.7")
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="changes, such as sparsify.sparsity=0.7")
 ]
-Section = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings of this step")]
+Section = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings of this step")]
 Model = Annotated[str, typer.Argument(help="a Hugging Face model directory, a hub name, or demo", show_default=False)]
 Out = Annotated[Path, typer.Option(help="the directory to write to", show_default=False)]
 TaskName = Annotated[
@@ -104,8 +109,8 @@ def prune(
         raise PhoenixError(
             "prune: wanda needs text to calibrate on; give --task, or calibration.source=text and a file"
         )
-    examples = _task(task, data, seed) if task else None
-    with _machine(dtype, device, seed) as machine:
+    with _machine(dtype, device, seed, out) as machine:
+        examples = _task(task, data, seed) if task else None
         steps.sparsify(model_directory(model), examples, chosen, out, machine)
     _say(f"masks: {out / 'masks.safetensors'}", f"model: {out / 'sparse'}")
 
@@ -124,8 +129,6 @@ def tune(
     device: DeviceName = "auto",
 ) -> None:
     """Step 2: train the elastic adapter. Writes adapter/super and tune.json; goes on from a checkpoint in OUT."""
-    import shutil
-
     from phoenix_sparse import steps
     from phoenix_sparse.finetuning.settings import FinetuneSettings
     from phoenix_sparse.models import find_model
@@ -134,11 +137,12 @@ def tune(
     chosen = check(FinetuneSettings, override({}, settings or ()), "tune")
     if chosen.mode == "sparse_to_sparse" and masks is None:
         raise PhoenixError("tune: mode=sparse_to_sparse trains through masks; give --masks, or mode=sparse_to_dense")
-    through = steps.read_masks(masks) if masks is not None and chosen.mode == "sparse_to_sparse" else None
-    work = out / ".work"
-    with _machine(dtype, device, seed) as machine:
-        steps.tune(find_model(model), through, _task(task, data, seed), chosen, out, machine, work=work)
-    shutil.rmtree(work, ignore_errors=True)
+    with _machine(dtype, device, seed, out) as machine:
+        masks = masks if chosen.mode == "sparse_to_sparse" else None
+        through = steps.read_masks(masks) if masks else None
+        source, examples = find_model(model), _task(task, data, seed)
+        with _work(out, [source, masks], [chosen, examples.record(), dtype, device, seed]) as work:
+            steps.tune(source, through, examples, chosen, out, machine, work=work)
     _say(f"adapter: {out / 'adapter' / 'super'}")
 
 
@@ -160,8 +164,6 @@ def search(
     device: DeviceName = "auto",
 ) -> None:
     """Step 2, its end: choose a sub-adapter on the validation split. Writes search.json and adapter/chosen."""
-    import shutil
-
     from phoenix_sparse import steps
     from phoenix_sparse.evaluation.settings import EvaluateSettings
     from phoenix_sparse.finetuning.settings import SearchSettings
@@ -169,14 +171,12 @@ def search(
     from phoenix_sparse.recipe import check, override
 
     chosen = check(SearchSettings, override({}, settings or ()), "search")
-    through = steps.read_masks(masks) if masks is not None else None
     evaluation = check(EvaluateSettings, {"batch_size": batch_size}, "search")
-    work = out / ".work"
-    with _machine(dtype, device, seed) as machine:
-        steps.search(
-            find_model(model), through, _task(task, data, seed), adapter, chosen, evaluation, out, machine, work=work
-        )
-    shutil.rmtree(work, ignore_errors=True)
+    with _machine(dtype, device, seed, out) as machine:
+        through = steps.read_masks(masks) if masks else None
+        source, examples = find_model(model), _task(task, data, seed)
+        with _work(out, [source, masks, adapter], [chosen, evaluation, examples.record(), dtype, device, seed]) as work:
+            steps.search(source, through, examples, adapter, chosen, evaluation, out, machine, work=work)
     _say(f"adapter: {out / 'adapter' / 'chosen'}", f"candidates: {out / 'search.json'}")
 
 
@@ -198,10 +198,10 @@ def merge(
     from phoenix_sparse import steps
     from phoenix_sparse.models import find_model
 
-    texts = steps.SAMPLE_TEXTS
-    if task is not None:
-        texts = [example.prompt + example.completion for example in _task(task, data, seed).train[:8]]
-    with _machine(dtype, device, seed) as machine:
+    with _machine(dtype, device, seed, out) as machine:
+        texts = steps.SAMPLE_TEXTS
+        if task is not None:
+            texts = [example.prompt + example.completion for example in _task(task, data, seed).train[:8]]
         steps.merge(find_model(model), steps.read_masks(masks), adapter, out, machine, remask=remask, texts=texts)
     _say(f"model: {out / 'merged'}", f"certificate: {out / 'certificate.json'}")
 
@@ -216,12 +216,13 @@ def validate(
     """Check a model against masks: exits with 1 if a zero was filled."""
     from phoenix_sparse.files import write_json
     from phoenix_sparse.masks import inspect, require_preserved
-    from phoenix_sparse.models import find_model, load_model, prunable_linears
+    from phoenix_sparse.models import load_model, prunable_linears
+    from phoenix_sparse.pipeline import model_directory
     from phoenix_sparse.steps import read_masks
 
-    expected = read_masks(masks)
-    with _machine("auto", "cpu", 0):
-        layers = prunable_linears(load_model(find_model(model), device="cpu"))
+    with _machine("auto", "cpu", 0, out.parent if out else None):
+        expected = read_masks(masks)
+        layers = prunable_linears(load_model(model_directory(model), device="cpu"))
     if out is not None:
         write_json(out, inspect(expected, layers))
     report = require_preserved(expected, layers, model)
@@ -251,7 +252,7 @@ def evaluate(
     from phoenix_sparse.recipe import check
 
     settings = check(EvaluateSettings, {"batch_size": batch_size}, "eval")
-    with _machine(dtype, device, seed) as machine:
+    with _machine(dtype, device, seed, out) as machine:
         steps.evaluate(model_directory(model), _task(task, data, seed, max_test=limit), settings, out, machine)
     score = read_json(out / "eval.json")["phoenix"]
     error = "" if score["stderr"] is None else f" ± {score['stderr']:.4f}"
@@ -278,7 +279,7 @@ def flops(
 
     lengths = {"prompt_length": prompt_length, "context_length": context_length}
     settings = check(EvaluateSettings, lengths, "flops")
-    with _machine("auto", "cpu", 0):
+    with _machine("auto", "cpu", 0, out):
         steps.flops(model_directory(model), steps.read_masks(masks) if masks else None, settings, out)
     OUT.print(flops_table(read_json(out / "flops.json")))
     _say(f"per layer: {out / 'flops.json'}")
@@ -300,23 +301,39 @@ def _task(name: str, data: Path | None, seed: int, **more: Any) -> Any:
     return open_task(check(TaskSettings, {"name": name, "data": data} | more, "task"), seed=seed)
 
 
-def _machine(dtype: str, device: str, seed: int) -> Any:
-    """Check the common options and show progress for the block."""
-    from contextlib import contextmanager
-
+@contextmanager
+def _machine(dtype: str, device: str, seed: int, out: Path | None) -> Iterator[Any]:
+    """Check the options that commands share, and show progress for the block."""
     from phoenix_sparse import steps
     from phoenix_sparse.console import showing
     from phoenix_sparse.recipe import check
 
     options = check(steps.Common, {"dtype": dtype, "device": device, "seed": seed}, "options")
+    if out is not None:
+        _require_writable(out)
+    steps.be_deterministic()
+    with showing() as show:
+        yield steps.Machine(options.dtype, options.device, options.seed, show.progress)
 
-    @contextmanager
-    def opened() -> Any:
-        steps.be_deterministic()
-        with showing() as show:
-            yield steps.Machine(options.dtype, options.device, options.seed, show.progress)
 
-    return opened()
+def _require_writable(out: Path) -> None:
+    """Refuse a place that can't be written to before the work is done, not after it. Makes nothing."""
+    here = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not here.is_dir():
+        raise PhoenixError(f"--out: {here} is not a directory")
+    if not os.access(here, os.W_OK | os.X_OK):
+        raise PhoenixError(f"--out: {here} can't be written to; give another directory")
+
+
+@contextmanager
+def _work(out: Path, files: list[Path | None], settings: list[Any]) -> Iterator[Path]:
+    """A place for checkpoints, which stays if the block is killed. It is named after the step's inputs, so that a
+    step goes on from its own checkpoints only and never from those of other settings or files."""
+    from phoenix_sparse.files import sha256
+
+    key = repr([sha256(file) if file else None for file in files] + settings)
+    yield out / ".work" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    shutil.rmtree(out / ".work", ignore_errors=True)
 
 
 def _say(*lines: str) -> None:

@@ -38,14 +38,14 @@ def save_mask(masks: Masks, path: Path | str, metadata: Mapping[str, Any] | None
     packed = {name: torch.from_numpy(_pack(mask)) for name, mask in sorted(masks.items())}
     digest = masks_sha256(masks)
     header = {
-        "format": FORMAT,
         "version": VERSION,
-        "shapes": json.dumps({name: list(masks[name].shape) for name in packed}),
+        "shapes": {name: list(masks[name].shape) for name in packed},
         "sha256": digest,
-        "metadata": json.dumps(dict(metadata or {}), sort_keys=True),
+        "metadata": dict(metadata or {}),
     }
     with atomic_path(Path(path)) as temporary:
-        save_file(packed, temporary, metadata=header)
+        # One entry: safetensors writes several in random order, and equal masks must give equal files.
+        save_file(packed, temporary, metadata={FORMAT: json.dumps(header, sort_keys=True)})
     return digest
 
 
@@ -62,15 +62,14 @@ def load_mask(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise PhoenixError(f"masks: {path} is not a file; give the masks.safetensors that pruning wrote")
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT or header.get("version") != VERSION:
+            header = json.loads((file.metadata() or {}).get(FORMAT, "{}"))
+            if not isinstance(header, dict) or header.get("version") != VERSION:
                 raise PhoenixError(f"masks: {path} is not a mask file of version {VERSION} (its header says otherwise)")
-            shapes = json.loads(header["shapes"])
-            metadata = json.loads(header["metadata"])
+            shapes, metadata = dict(header["shapes"]), dict(header["metadata"])
             if set(shapes) != set(file.keys()):
                 raise PhoenixError(f"masks: {path} is damaged: its header and its tensors name different layers")
             masks = {name: _unpack(file.get_tensor(name), shapes[name], f"{path}: {name}") for name in sorted(shapes)}
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise PhoenixError(f"masks: {path} is damaged or truncated ({str(error).splitlines()[0]})") from error
     if masks_sha256(masks) != header.get("sha256"):
         raise PhoenixError(f"masks: {path} is damaged: its content does not match its checksum")

@@ -52,11 +52,12 @@ def find_device(device: Device) -> torch.device:
 
 
 def load_config(directory: Path) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
         raise PhoenixError(f"{directory}/config.json: not a model configuration ({_line(error)})") from error
 
 

@@ -4,6 +4,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from phoenix_sparse import steps
 from phoenix_sparse.files import sha256
 from phoenix_sparse.models import find_device, find_model
@@ -41,15 +43,17 @@ def run(
     """
     if recipe.deterministic:
         steps.be_deterministic()
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
     find_device(recipe.device)
     model = model_directory(recipe.model)
     task = open_task(recipe.task, seed=recipe.seed)
+    steps.require_validation(task)
     machine = Machine(recipe.dtype, recipe.device, recipe.seed, progress)
     with open_run(
         recipe, out or Path("runs") / recipe.name, resume=resume, overwrite=overwrite, announce=announce
     ) as this:
-        if "model" not in this.manifest["inputs"]:
-            this.describe(model={"path": recipe.model, "sha256": sha256(model)}, task=task.record())
+        this.describe(model={"path": recipe.model, "sha256": sha256(model)}, task=task.record())
 
         # 1. Adaptive sparsity initialisation: which weights can the task do without?
         this.stage("sparsify", lambda: steps.sparsify(model, task, recipe.sparsify, this.directory, machine))
@@ -67,7 +71,7 @@ def run(
         )
         for baseline in recipe.evaluate.baselines:
             this.stage(f"baseline {baseline}", partial(_baseline, this, recipe, task, machine, model, baseline))
-        this.stage("flops", lambda: steps.flops(this.path("merged"), _masks(this), recipe.evaluate, this.directory))
+        this.stage("flops", lambda: _flops(this, recipe))
         this.stage("report", lambda: _report(this))
     return this.directory
 
@@ -159,6 +163,12 @@ def _train_dense(this: Run, recipe: Recipe, task: Task, machine: Machine, model:
     written = steps.tune(model, None, task, settings, out, machine, adapter="adapter", work=work)
     steps.merge_dense(model, out / "adapter", out / "merged", machine)
     return [*written, "merged"]
+
+
+def _flops(this: Run, recipe: Recipe) -> list[str]:
+    """Sparse where the merged model is: a dense merge has filled the zeros."""
+    filled = recipe.finetune.mode == "sparse_to_dense" and recipe.finetune.dense_merge == "dense"
+    return steps.flops(this.path("merged"), None if filled else _masks(this), recipe.evaluate, this.directory)
 
 
 def _report(this: Run) -> list[str]:

@@ -1,8 +1,9 @@
 """The recipe: one YAML file that says what a run does, checked as a whole before anything is loaded."""
 
+import copy
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,10 +25,11 @@ class Recipe(Settings):
 
     name: str = Field(description="names the run directory: runs/<name>")
     model: str = Field(description="a Hugging Face model directory, a hub name, or demo")
-    task: TaskSettings
+    task: TaskSettings = Field(description="a built-in task or a folder with task.yaml, or a section with name")
     seed: int = Field(0, ge=0)
     dtype: Dtype = Field("auto", description="in which the model is loaded, trained and saved; auto: as it is stored")
     device: Device = Field("auto", description="auto: a GPU where there is one")
+    threads: int | None = Field(None, ge=1, description="CPU threads; torch's own number unless given")
     deterministic: bool = Field(True, description="the same machine gives the same weights again")
     sparsify: SparsifySettings = SparsifySettings()
     finetune: FinetuneSettings = FinetuneSettings()
@@ -57,7 +59,7 @@ def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise PhoenixError(f"recipe: {path} can't be read ({error.__class__.__name__}); give a YAML file") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2025-13-01
         raise PhoenixError(f"recipe: {path} is not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise PhoenixError(f"recipe: {path} must hold keys and values, such as model: and task:")
@@ -66,24 +68,28 @@ def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
 
 def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Set `key.key=value` in nested mappings, in a copy."""
-    result = dict(values)
+    result = copy.deepcopy(dict(values))
     for text in overrides:
         key, equals, value = text.partition("=")
-        if not equals or not key:
+        *sections, last = key.split(".")
+        if not equals or not last or not all(sections):
             raise PhoenixError(f"{text!r} is not key=value; write for example sparsify.sparsity=0.6")
-        here, *rest = key.split(".")
-        if rest:
-            section = result.get(here)
-            # A section may be given by its name alone (task: gsm8k).
-            inner = {"name": section} if isinstance(section, str) else section or {}
-            if not isinstance(inner, Mapping):
-                raise PhoenixError(f"{key}: {here} has no fields")
-            result[here] = override(inner, [f"{'.'.join(rest)}={value}"])
-        else:
-            try:
-                result[here] = yaml.safe_load(value)
-            except yaml.YAMLError as error:
-                raise PhoenixError(f"{key}: {value!r} is not a YAML value") from error
+        here = result
+        for depth, name in enumerate(sections, start=1):
+            inner = {} if here.get(name) is None else here[name]
+            if name == "task" and isinstance(inner, str):
+                inner = {"name": inner}  # task: gsm8k is short for task: {name: gsm8k}
+            if not isinstance(inner, dict):
+                place = ".".join(sections[:depth])
+                raise PhoenixError(
+                    f"{text!r}: {place} is a value ({_short(inner)}) and has no fields; set it as a whole"
+                )
+            here[name] = inner
+            here = inner
+        try:
+            here[last] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise PhoenixError(f"{key}: {value!r} is not a YAML value") from error
     return result
 
 
@@ -101,23 +107,54 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _explain(kind: type[BaseModel], problem: Any) -> str:
-    field = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        known = _fields(kind, problem["loc"][:-1])
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-        return f"{field} is no field; {hint}"
-    if problem["type"] == "missing":
-        return f"{field} is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error" and not isinstance(problem["input"], str | int | float):
-        return f"{field}: {message}" if field else message
-    return f"{field}={problem['input']!r}: {message[0].lower()}{message[1:]}"
+    place, given, what = problem["loc"], problem["input"], problem["type"]
+    field = ".".join(str(part) for part in place)
+    if what == "extra_forbidden":
+        return f"{field} is no field; {_instead(kind, place)}"
+    if what == "missing":
+        return f"{field} is missing ({_section(kind, place[:-1]).model_fields[place[-1]].description})"
+    if what == "model_type":
+        return f"{field}={_short(given)} should be a section with keys such as {next(_names(_section(kind, place)))}"
+    message = problem["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
+    if what == "path_type":
+        message = "Input should be a path"
+    if isinstance(given, Mapping) and what == "value_error":
+        # A check of several fields together begins with the one to change.
+        name, colon, rest = message.partition(": ")
+        known = colon and name in _section(kind, place).model_fields
+        return (f"{field}.{name}: {rest}" if known else f"{field}: {message}").lstrip(".: ")
+    if message.startswith("Input "):
+        return f"{field}={_short(given)} {message.removeprefix('Input ')}"
+    return f"{field}={_short(given)}: {message[0].lower()}{message[1:]}"
 
 
-def _fields(kind: type[BaseModel], path: Iterable[Any]) -> list[str]:
+def _instead(kind: type[BaseModel], place: tuple[Any, ...]) -> str:
+    """What somebody may have meant: a field of that very name in another section, or one of a similar name here."""
+    *path, wrong = place
+    here = _section(kind, path)
+    meant = [name for name in _names(kind) if name.rsplit(".", 1)[-1] == wrong]
+    meant = meant or [".".join([*path, name]) for name in difflib.get_close_matches(str(wrong), here.model_fields, 1)]
+    return f"did you mean {' or '.join(meant)}?" if meant else f"known here: {', '.join(here.model_fields)}"
+
+
+def _names(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """All fields and the fields of sections, with dots."""
+    for name in kind.model_fields:
+        yield prefix + name
+        inner = _section(kind, [name])
+        if inner is not kind:
+            yield from _names(inner, f"{prefix}{name}.")
+
+
+def _section(kind: type[BaseModel], path: Iterable[Any]) -> type[BaseModel]:
+    """The settings that lie at a path."""
     for part in path:
         annotation = kind.model_fields[part].annotation if part in kind.model_fields else None
         options = [annotation, *getattr(annotation, "__args__", ())]
         kind = next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), kind)
-    return list(kind.model_fields)
+    return kind
+
+
+def _short(value: Any) -> str:
+    text = "(empty)" if value is None else repr(list(value) if isinstance(value, tuple) else value)
+    return text if len(text) <= 60 else text[:57] + "..."

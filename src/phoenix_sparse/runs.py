@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 import phoenix_sparse
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import inside, read_json, sha256, write_json, write_text
@@ -21,6 +23,7 @@ from phoenix_sparse.recipe import Recipe, dump_recipe
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
+LOCK = ".lock"
 WORK = ".work"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "lm-eval", "safetensors", "optuna")
 
@@ -54,6 +57,8 @@ class Run:
         if not self._redo and record and self._intact(record):
             self._announce(name, "kept")
             return False
+        if self._redo:  # what a kill left of this stage began from other files than it will now
+            shutil.rmtree(self.work(name), ignore_errors=True)
         self._redo = True
         self._announce(name, "started")
         self.manifest["stages"][name] = {"status": "running"}
@@ -74,13 +79,23 @@ class Run:
         self._announce(name, f"{seconds:.1f} s")
         return True
 
-    def describe(self, **inputs: Any) -> None:
-        """Note facts about the inputs in the manifest."""
-        self.manifest["inputs"] |= inputs
+    def describe(self, **inputs: dict[str, Any]) -> None:
+        """Note facts about the inputs in the manifest; a run that is taken up again must have the same.
+
+        Raises:
+            PhoenixError: an input isn't the one that the run began with.
+        """
+        for name, facts in inputs.items():
+            before = self.manifest["inputs"].setdefault(name, facts)
+            if before != facts:
+                raise PhoenixError(
+                    f"{self.directory}: the {name} has changed since this run began "
+                    f"({', '.join(key for key in facts if before.get(key) != facts[key])}); give another with --out"
+                )
         self._save()
 
     def _intact(self, record: dict[str, Any]) -> bool:
-        if record.get("status") != "done":
+        if record.get("status") != "done" or not isinstance(record.get("outputs"), dict):
             return False
         paths = {inside(self.directory, name): digest for name, digest in record["outputs"].items()}
         return all(path.exists() and sha256(path) == digest for path, digest in paths.items())
@@ -98,49 +113,106 @@ def open_run(
     Raises:
         PhoenixError: the directory is in use, holds something else, or holds a run of another recipe.
     """
-    if overwrite and directory.exists():
-        if not (directory / MANIFEST).is_file():
+    if directory.exists() and not directory.is_dir():
+        raise PhoenixError(f"{directory} is not a directory; give another with --out")
+    if not (directory / MANIFEST).is_file() and _holds_something(directory):
+        if overwrite:
             raise PhoenixError(f"{directory} holds no {MANIFEST}; only a run directory is overwritten")
-        with _held(directory):
-            shutil.rmtree(directory)
-    fresh = not (directory / MANIFEST).is_file()
-    if fresh and directory.exists() and any(child.name != ".lock" for child in directory.iterdir()):
         raise PhoenixError(f"{directory} exists and is no run directory; give another with --out")
-    if not fresh and not resume:
-        raise PhoenixError(f"{directory} holds a run already; go on with it by --resume, or give another with --out")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PhoenixError(f"{directory}: {error.strerror}; give another directory with --out") from error
     with _held(directory):
-        text = dump_recipe(recipe)
-        if fresh:
-            write_text(directory / RECIPE, text)
-            manifest = _new_manifest(recipe)
-            write_json(directory / MANIFEST, manifest)
-        else:
-            _require_same(directory, text)
-            manifest = read_json(directory / MANIFEST)
-        run = Run(directory, manifest, announce)
+        if overwrite:
+            _remove([child for child in directory.iterdir() if child.name != LOCK])
+        elif (directory / MANIFEST).is_file() and not resume:
+            raise PhoenixError(
+                f"{directory} holds a run already; go on with it by --resume, or give another with --out"
+            )
+        _remove(list(directory.rglob(".*.tmp")))  # what a kill left half written
+        run = Run(directory, _take_up(directory, recipe), announce)
         yield run
         shutil.rmtree(directory / WORK, ignore_errors=True)
 
 
-def _require_same(directory: Path, text: str) -> None:
-    old = (directory / RECIPE).read_text(encoding="utf-8") if (directory / RECIPE).is_file() else ""
-    if old != text:
-        changed = next((line for line in text.splitlines() if line not in old.splitlines()), "a field less")
-        raise PhoenixError(f"{directory} is a run of another recipe (here: {changed.strip()}); give another with --out")
+def _holds_something(directory: Path) -> bool:
+    """Whether there are files that aren't what a kill leaves of a run's first moments."""
+    children = directory.iterdir() if directory.is_dir() else ()
+    return any(child.name != LOCK and not (child.name[0] == "." and child.suffix == ".tmp") for child in children)
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _take_up(directory: Path, recipe: Recipe) -> dict[str, Any]:
+    """The manifest of the run that lies here, or that of a new one."""
+    if (directory / MANIFEST).is_file():
+        manifest = _read_manifest(directory)
+        if manifest["stages"] or (directory / RECIPE).is_file():
+            _require_same(directory, recipe)
+            return manifest
+    # The manifest comes first: where there is one, the directory is a run's.
+    manifest = _new_manifest(recipe)
+    write_json(directory / MANIFEST, manifest)
+    write_text(directory / RECIPE, dump_recipe(recipe))
+    return manifest
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    manifest = read_json(directory / MANIFEST)
+    known = manifest if isinstance(manifest, dict) else {}
+    stages = known.get("stages")
+    records = stages.values() if isinstance(stages, dict) else [None]
+    if not isinstance(known.get("inputs"), dict) or not all(isinstance(record, dict) for record in records):
+        raise PhoenixError(f"{directory / MANIFEST} is no run's manifest; begin anew with --overwrite")
+    return known
+
+
+def _require_same(directory: Path, recipe: Recipe) -> None:
+    path = directory / RECIPE
+    try:
+        before = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise PhoenixError(
+            f"{path} can't be read, so nobody knows what this run is; begin anew with --overwrite"
+        ) from error
+    now = _flat(yaml.safe_load(dump_recipe(recipe)))
+    for field in now | before:
+        there, here = before.get(field), now.get(field)
+        if there != here:
+            raise PhoenixError(
+                f"{directory} is a run of another recipe: {field} is {there} there and {here} here; "
+                "give another with --out"
+            )
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Values of nested mappings by their dotted names."""
+    if not isinstance(values, dict):
+        return {prefix: values}
+    return {
+        key: value
+        for name, inner in values.items()
+        for key, value in _flat(inner, f"{prefix}.{name}".lstrip(".")).items()
+    }
 
 
 @contextlib.contextmanager
 def _held(directory: Path) -> Iterator[None]:
-    with (directory / ".lock").open("w") as lock:
+    """Make the directory if need be, and lock it; the lock ends with the process, whatever ends it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / LOCK).open("w")
+    except OSError as error:
+        raise PhoenixError(f"{directory}: {error.strerror}; give another directory with --out") from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise PhoenixError(
-                f"{directory} is in use by another process; wait for it or give another --out"
+                f"{directory} is in use by another process; wait for it or give another with --out"
             ) from error
         yield
 

@@ -11,4 +11,4 @@ Device = Literal["auto", "cpu", "cuda"]
 class Settings(BaseModel):
     """A section of a recipe. It lives beside the code that it configures."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

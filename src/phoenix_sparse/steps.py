@@ -130,6 +130,12 @@ def tune(
     return [adapter, "tune.json"]
 
 
+def require_validation(task: Task) -> None:
+    """Refuse a task by whose examples no sub-adapter could be chosen, before hours of work lead up to that."""
+    if not task.validation:
+        raise PhoenixError(f"task {task.name}: no examples to validate with; set task.validation above 0")
+
+
 def search(
     source: Path,
     masks: Masks | None,
@@ -154,6 +160,7 @@ def search(
         set_ranks,
     )
 
+    require_validation(task)
     tokenizer = load_tokenizer(source)
     model = load_adapter(machine.load(source), adapter, masks)
     layers = elastic_layers(model)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from peft import PeftModel
 
-from conftest import CONFIGS, make_model
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.finetuning.adapter import (
     adapter_parameters,
@@ -16,15 +15,9 @@ from phoenix_sparse.finetuning.adapter import (
 )
 from phoenix_sparse.finetuning.elastic import draw, uniform
 from phoenix_sparse.models import prunable_linears
-from phoenix_sparse.pruning.sequential import prune
-from phoenix_sparse.pruning.settings import SparsifySettings
+from tiny import CONFIGS, pruned
 
 TOKENS = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(5))
-
-
-def pruned(kind="llama"):
-    model = make_model(kind)
-    return model, prune(model, SparsifySettings(importance="magnitude", sparsity=0.6), tokens=None, seed=0)
 
 
 def adapted(kind="llama", masked=True, rank=4):

@@ -45,24 +45,43 @@ def reference(tensors, mask, bias, scale):
     return y.detach(), torch.autograd.grad(y, (x, a, b), tensors["grad"].double())
 
 
-def close(got, expected, bound):
-    return float((got.double() - expected).norm()) <= bound * float(expected.norm()) + 1e-12
+def scales(tensors, mask, bias, scale):
+    """The same with every term's absolute value: what rounding errors are relative to where terms cancel."""
+    positive = {name: tensor.abs() for name, tensor in tensors.items()}
+    return reference(positive, mask, None if bias is None else bias.abs(), scale)
 
 
-@settings(max_examples=60, deadline=None)
-@given(shapes, st.sampled_from([(torch.float32, 1e-5), (torch.bfloat16, 1.5e-2)]), st.floats(0.1, 4))
-def test_value_and_gradients_against_float64_autograd(shape, precision, scale):
-    dtype, bound = precision
-    tensors, mask, bias = problem(shape, dtype)
+def results(tensors, mask, bias, scale):
     x, a, b = (tensors[name].clone().requires_grad_() for name in "xab")
     y = masked_linear(x, tensors["weight"], bias, mask, a, b, scale)
     y.backward(tensors["grad"])
-    expected, gradients = reference(tensors, mask, bias, scale)
-    assert y.dtype == dtype
-    assert close(y.detach(), expected, bound)
-    for tensor, gradient in zip((x, a, b), gradients, strict=True):
-        assert tensor.grad.dtype == tensor.dtype
-        assert close(tensor.grad, gradient, bound)
+    assert y.dtype == tensors["x"].dtype
+    assert [t.grad.dtype for t in (x, a, b)] == [t.dtype for t in (x, a, b)]
+    return [y.detach(), x.grad, a.grad, b.grad]
+
+
+PRECISIONS = [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes, st.sampled_from(PRECISIONS), st.floats(0.1, 4))
+def test_value_and_gradients_against_float64_autograd(shape, precision, scale):
+    dtype, bound = precision
+    problem_ = problem(shape, dtype)
+    y, gradients = reference(*problem_, scale)
+    y_size, gradient_sizes = scales(*problem_, scale)
+    got = results(*problem_, scale)
+    for one, other, size in zip(got, [y, *gradients], [y_size, *gradient_sizes], strict=True):
+        assert float((one.double() - other).norm()) <= bound * float(size.norm()) + 1e-30
+
+
+@pytest.mark.parametrize(("dtype", "bound"), PRECISIONS)
+@pytest.mark.parametrize(("out", "columns", "rank"), [(96, 80, 8), (128, 257, 3), (33, 512, 32)])
+def test_relative_error(dtype, bound, out, columns, rank):
+    problem_ = problem((out, columns, rank, 0.5, 1, False), dtype)
+    y, gradients = reference(*problem_, 2.0)
+    for one, other in zip(results(*problem_, 2.0), [y, *gradients], strict=True):
+        assert float((one.double() - other).norm()) <= bound * float(other.norm())
 
 
 def test_gradcheck():

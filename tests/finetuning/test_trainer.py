@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_adapter import pruned
 
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.finetuning.adapter import ElasticLinear, add_adapter, elastic_layers
 from phoenix_sparse.finetuning.elastic import draw
 from phoenix_sparse.finetuning.settings import FinetuneSettings
 from phoenix_sparse.finetuning.trainer import COMPLETE, latest_checkpoint, train, training_order
+from tiny import pruned
 
 ROWS = [{"input_ids": [n % 250, (n * 7) % 250, 3, 4, 5, 6], "labels": [-100, -100, 3, 4, 5, 6]} for n in range(24)]
 
@@ -165,12 +165,13 @@ torch.save(factors(model), Path(sys.argv[1]) / "end.pt")
 def test_kill_at_any_moment_and_resume(tmp_path):
     """kill -9 at three moments; the weights at the end are those of an undisturbed training."""
     here = str(Path(__file__).parent)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(here).parent), here])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(here).parent), here, *sys.path])}
 
     def start(directory):
         directory.mkdir(exist_ok=True)
         command = [sys.executable, "-c", SCRIPT, str(directory), here]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
+        with (directory / "stderr").open("w") as words:
+            return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=words, env=environment)
 
     calm = start(tmp_path / "calm")
     calm.communicate()
@@ -184,6 +185,7 @@ def test_kill_at_any_moment_and_resume(tmp_path):
         assert not (tmp_path / "killed" / "end.pt").exists()
     end = start(tmp_path / "killed")
     end.communicate()
-    assert end.returncode == calm.returncode == 0
+    words = [(tmp_path / name / "stderr").read_text()[-1000:] for name in ("calm", "killed")]
+    assert end.returncode == calm.returncode == 0, words
     one, two = (torch.load(tmp_path / name / "end.pt", weights_only=True) for name in ("calm", "killed"))
     assert same(one, two)

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import CONFIGS, make_model
 from phoenix_sparse.masks import compute_sparsity_stats, require_preserved
 from phoenix_sparse.models import decoder_blocks, prunable_linears
 from phoenix_sparse.pruning.sequential import prune
 from phoenix_sparse.pruning.settings import SparsifySettings
+from tiny import CONFIGS, make_model
 
 
 class Captured(Exception):

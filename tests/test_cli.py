@@ -1,0 +1,396 @@
+"""The command line: its words, the steps chained on files, and one line for whatever is wrong."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from phoenix_sparse import cli
+from phoenix_sparse.files import read_json
+from phoenix_sparse.masks import load_mask, save_mask
+
+ON_A_MACHINE = ["--seed", "--dtype", "--device"]
+OPTIONS = {
+    "run": ["--out", "--resume", "--overwrite"],
+    "plan": [],
+    "prune": ["--out", "--task", "--data", "--sparsity", "--importance", *ON_A_MACHINE],
+    "tune": ["--task", "--out", "--masks", "--data", *ON_A_MACHINE],
+    "search": ["--adapter", "--task", "--out", "--masks", "--data", "--batch-size", *ON_A_MACHINE],
+    "merge": ["--masks", "--adapter", "--out", "--remask", "--task", "--data", *ON_A_MACHINE],
+    "validate": ["--masks", "--out"],
+    "eval": ["--task", "--out", "--data", "--limit", "--batch-size", *ON_A_MACHINE],
+    "flops": ["--masks", "--out", "--prompt-length", "--context-length"],
+    "report": [],
+}
+ARGUMENTS = {
+    **{name: ["recipe", "overrides"] for name in ("run", "plan")},
+    **{name: ["model", "settings"] for name in ("prune", "tune", "search")},
+    **{name: ["model"] for name in ("merge", "validate", "eval", "flops")},
+    "report": ["directory"],
+}
+
+
+def test_the_commands_and_their_options_are_these():
+    """What people and scripts rely on: a change here is a change to them."""
+    commands = get_command(cli.app).commands
+    assert set(commands) == set(OPTIONS)
+    for name, command in commands.items():
+        given = [parameter for parameter in command.params if parameter.name != "help"]
+        assert sorted(p.opts[0] for p in given if p.param_type_name == "option") == sorted(OPTIONS[name]), name
+        assert [p.name for p in given if p.param_type_name == "argument"] == ARGUMENTS[name], name
+
+
+@pytest.mark.parametrize("name", [None, *OPTIONS])
+def test_help_names_everything(name):
+    result = CliRunner().invoke(cli.app, [name, "--help"] if name else ["--help"])
+    assert result.exit_code == 0
+    for word in OPTIONS[name] if name else OPTIONS:
+        assert word in result.output
+    if name:
+        assert get_command(cli.app).commands[name].help.split(".")[0] in " ".join(result.output.split())
+
+
+@pytest.fixture
+def phx(monkeypatch, capsys):
+    """Run a command in this process; give its exit code, what it said, and the lines on stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, list[str]]:
+        monkeypatch.setattr(sys, "argv", ["phx", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        said = capsys.readouterr()
+        return int(caught.value.code or 0), said.out, said.err.splitlines()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory, model_directory, task_directory) -> Path:
+    """The steps on files, one after the other."""
+    out = tmp_path_factory.mktemp("chain")
+    runner = CliRunner()
+
+    def call(*arguments: object) -> None:
+        result = runner.invoke(cli.app, [str(argument) for argument in arguments])
+        assert result.exit_code == 0, result
+        assert result.exception is None
+
+    task = ("--task", task_directory, "--out", out)
+    masks = ("--masks", out / "masks.safetensors")
+    few = ("calibration.samples=4", "calibration.length=16")
+    call("prune", model_directory, "--sparsity", 0.6, *task, *few)
+    tuning = ("ranks=[4, 2]", "max_steps=4", "batch_size=8", "max_length=32", "learning_rate=0.01")
+    call("tune", out / "sparse", *masks, *task, *tuning)
+    call("search", out / "sparse", *masks, *task, "--adapter", out / "adapter/super", "hill_climb=1")
+    call("merge", out / "sparse", *masks, *task, "--adapter", out / "adapter/chosen")
+    return out
+
+
+def test_the_steps_do_their_work_on_files(chain, phx, task_directory):
+    assert {path.name for path in chain.iterdir()} == {
+        *("masks.safetensors", "allocation.json", "plots", "sparse"),
+        *("adapter", "tune.json", "search.json", "merged", "certificate.json"),
+    }
+    certificate = read_json(chain / "certificate.json")
+    assert certificate["off_mask_nonzeros"] == 0
+    assert certificate["sparsity"] == pytest.approx(0.6, abs=0.02)
+    assert read_json(chain / "tune.json")["steps"] == 4
+    assert read_json(chain / "search.json")["validation_examples"] == 10
+
+    figures = chain.parent / "figures"
+    code, said, errors = phx(
+        *("validate", chain / "merged", "--masks", chain / "masks.safetensors", "--out", figures / "layers.json")
+    )
+    assert (code, errors) == (0, [])
+    assert "0 non-zeros off the mask in 14 layers" in said
+    assert f"sparsity {100 * certificate['sparsity']:.4f}%" in said
+    assert all(layer["off_mask_nonzeros"] == 0 for layer in read_json(figures / "layers.json").values())
+
+    code, said, _ = phx("eval", chain / "merged", "--task", task_directory, "--limit", 5, "--out", figures)
+    assert code == 0
+    assert "on 5 examples" in said
+    assert read_json(figures / "eval.json")["phoenix"]["examples"] == 5
+
+    code, said, errors = phx("flops", chain / "merged", "--masks", chain / "masks.safetensors", "--out", figures)
+    assert (code, errors) == (0, [])
+    assert read_json(figures / "flops.json")["decode"]["linears"]["reduction"] == pytest.approx(2.5, abs=0.1)
+    assert "FLOPs" in said
+
+
+def test_a_filled_zero_is_a_failed_check(chain, phx, model_directory):
+    """The dense model against the masks: a check that fails, which is not bad input."""
+    code, said, errors = phx("validate", model_directory, "--masks", chain / "masks.safetensors")
+    assert code == 1
+    assert said == ""
+    assert len(errors) == 1
+    assert errors[0].startswith(f"phx: {model_directory}: ")
+    assert "non-zeros off the mask in 14 of 14 layers, model.layers.0." in errors[0]
+
+
+def test_one_filled_zero_is_found(chain, phx, tmp_path):
+    shutil.copytree(chain / "merged", tmp_path / "model")
+    masks, _ = load_mask(chain / "masks.safetensors")
+    name = "model.layers.1.mlp.down_proj"
+    weights = load_file(tmp_path / "model/model.safetensors")
+    row, column = (~masks[name]).nonzero()[0].tolist()
+    weights[f"{name}.weight"][row, column] = 1e-8
+    save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    code, _, errors = phx("validate", tmp_path / "model", "--masks", chain / "masks.safetensors")
+    assert code == 1
+    assert f"1 non-zeros off the mask in 1 of 14 layers, {name} first (1)" in errors[0]
+
+
+@pytest.fixture
+def broken(tmp_path, chain, model_directory, task_directory) -> Path:
+    """Everything that can be wrong with an input, each in a place of its own."""
+    torch.manual_seed(0)
+    for name in ("nan", "truncated", "config", "missing"):
+        shutil.copytree(model_directory, tmp_path / name)
+    weights = load_file(model_directory / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(weights, tmp_path / "nan/model.safetensors", metadata={"format": "pt"})
+    whole = (model_directory / "model.safetensors").read_bytes()
+    (tmp_path / "truncated/model.safetensors").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "config/config.json").write_text("{")
+    (tmp_path / "missing/model.safetensors").unlink()
+    masks, _ = load_mask(chain / "masks.safetensors")
+    save_mask({name: mask for name, mask in masks.items() if "layers.1" not in name}, tmp_path / "fewer.safetensors")
+    save_mask({name: mask.t().contiguous() for name, mask in masks.items()}, tmp_path / "turned.safetensors")
+    save_mask({f"other.{name}": mask for name, mask in masks.items()}, tmp_path / "others.safetensors")
+    flipped = {name: ~mask for name, mask in masks.items()}
+    save_mask(flipped, tmp_path / "flipped.safetensors")
+    packed = (chain / "masks.safetensors").read_bytes()
+    (tmp_path / "half.safetensors").write_bytes(packed[: len(packed) // 2])
+    for name in ("empty", "nan_row", "field", "no_yaml", "key"):
+        shutil.copytree(task_directory, tmp_path / f"task_{name}")
+    (tmp_path / "task_empty/train.jsonl").write_text("")
+    (tmp_path / "task_nan_row/test.jsonl").write_text('{"question": "1+1", "answer": NaN}\n')
+    (tmp_path / "task_field/train.jsonl").write_text('{"question": "1+1"}\n')
+    (tmp_path / "task_no_yaml/task.yaml").unlink()
+    text = (task_directory / "task.yaml").read_text()
+    (tmp_path / "task_key/task.yaml").write_text(text.replace("doc_to_target", "doc_to_targt"))
+    (tmp_path / "file").write_text("a file")
+    return tmp_path
+
+
+BAD = {
+    # models
+    "no model": ("prune {b}/nowhere --task {task}", "nowhere is not a directory; give a Hugging Face model directory"),
+    "no weights": ("prune {b}/missing --task {task}", "has no model.safetensors; only safetensors weights are read"),
+    "no config": ("prune {b}/config --task {task}", "not a model configuration"),
+    "NaN": ("prune {b}/nan --task {task}", "model.layers.1.mlp.up_proj.weight has 1 weights that are NaN or infinite"),
+    "half a model": ("prune {b}/truncated --task {task}", "the weights can't be loaded"),
+    "NaN, evaluated": ("eval {b}/nan --task {task}", "NaN or infinite"),
+    # masks
+    "half a mask": ("validate {model} --masks {b}/half.safetensors", "is damaged or truncated"),
+    "no masks": ("validate {model} --masks {b}/none.safetensors", "is not a file; give the masks.safetensors"),
+    "weights for masks": ("validate {model} --masks {model}/model.safetensors", "is not a mask file of version 1"),
+    "fewer masks": ("tune {sparse} --task {task} --masks {b}/fewer.safetensors", "no mask for model.layers.1."),
+    "turned masks": ("tune {sparse} --task {task} --masks {b}/turned.safetensors", "and the model's weight ("),
+    "other masks": (
+        "tune {sparse} --task {task} --masks {b}/others.safetensors",
+        "is no prunable linear of this model",
+    ),
+    "other masks, merged": (
+        "merge {sparse} --adapter {chain}/adapter/chosen --masks {b}/flipped.safetensors",
+        "was trained through other masks than these",
+    ),
+    "other masks, counted": ("flops {model} --masks {b}/others.safetensors", "the model has no linear named 'other."),
+    "masks forgotten": ("tune {sparse} --task {task}", "give --masks, or mode=sparse_to_dense"),
+    "masks forgotten in search": (
+        "search {sparse} --adapter {chain}/adapter/super --task {task}",
+        "was trained through masks; give its masks.safetensors",
+    ),
+    # adapters
+    "no adapter": ("search {sparse} --adapter {b}/none --task {task} --masks {masks}", "No such file"),
+    "no super-adapter": (
+        "search {sparse} --adapter {chain}/adapter/chosen --task {task} --masks {masks}",
+        "is no super-adapter; give the one that fine-tuning wrote",
+    ),
+    # tasks
+    "no task": ("prune {model} --task nothing", "'nothing' is neither built in ("),
+    "no task.yaml": ("prune {model} --task {b}/task_no_yaml", "has no task.yaml"),
+    "no data": ("prune {model} --task gsm8k --data {b}/none", "is not a folder; it should hold <split>.jsonl"),
+    "empty data": ("prune {model} --task {b}/task_empty", "train.jsonl: the file is empty"),
+    "NaN in data": (
+        "eval {model} --task {b}/task_nan_row",
+        "test.jsonl:1: not a JSON object (NaN is not a JSON number)",
+    ),
+    "a field missing": ("prune {model} --task {b}/task_field", "train.jsonl:1: the field 'answer'"),
+    "a key wrong": ("prune {model} --task {b}/task_key", "task.yaml: "),
+    "no text": ("prune {model}", "wanda needs text to calibrate on; give --task, or calibration.source=text"),
+    # settings
+    "all zeros": ("prune {model} --task {task} --sparsity 1.0", "sparsity=1.0 should be less than 1"),
+    "all zeros by key": ("prune {model} --task {task} sparsity=1", "sparsity=1 should be less than 1"),
+    "no such setting": ("prune {model} --task {task} sparsty=0.5", "sparsty is no field; did you mean sparsity?"),
+    "no setting": ("tune {sparse} --task {task} --masks {masks} ranks", "'ranks' is not key=value"),
+    "no such target": (
+        "tune {sparse} --task {task} --masks {masks} targets=[nothing]",
+        "no linear is called nothing; there are down_proj",
+    ),
+    "no such dtype": ("prune {model} --task {task} --dtype int8", "dtype='int8' should be 'auto', 'float32'"),
+    "no such device": ("prune {model} --task {task} --device tpu", "device='tpu' should be 'auto', 'cpu' or 'cuda'"),
+    "nothing to evaluate on": (
+        "eval {model} --task {task} --limit 0",
+        "max_test=0 should be greater than or equal to 1",
+    ),
+    "no tokens": ("flops {model} --prompt-length 0", "prompt_length=0 should be greater than or equal to 1"),
+    "too short a text": (
+        "prune {model} calibration.source=text calibration.text={b}/file calibration.length=64",
+        "7 tokens are less than one sequence of 64",
+    ),
+    "no such text": ("prune {model} calibration.source=text calibration.text={b}/none", "none can't be read"),
+}
+
+
+@pytest.mark.parametrize(("command", "words"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(
+    phx, tmp_path, broken, chain, model_directory, task_directory, command, words
+):
+    places = {"b": broken, "chain": chain, "sparse": chain / "sparse", "masks": chain / "masks.safetensors"}
+    places |= {"model": model_directory, "task": task_directory}
+    arguments = command.format(**places).split()
+    out = tmp_path / "out"
+    out.mkdir()
+    target = out / "layers.json" if arguments[0] == "validate" else out
+    code, said, errors = phx(*arguments, "--out", target)
+    assert len(errors) == 1, errors
+    assert errors[0].startswith("phx: ")
+    assert words in errors[0]
+    assert (code, said) == (2, "")
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["prune {model} --task {task}", "eval {model} --task {task}", "flops {model}"])
+def test_a_place_that_can_not_be_written_is_told_first(phx, broken, model_directory, task_directory, command):
+    arguments = command.format(model=model_directory, task=task_directory).split()
+    for out in ("file", "file/inner/most"):
+        code, _, errors = phx(*arguments, "--out", broken / out)
+        assert (code, errors) == (2, [f"phx: --out: {broken / 'file'} is not a directory"])
+    assert (broken / "file").read_text() == "a file"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_place_without_permission_is_told_first(phx, tmp_path, model_directory, task_directory):
+    tmp_path.chmod(0o500)
+    code, _, errors = phx("prune", model_directory, "--task", task_directory, "--out", tmp_path / "out")
+    tmp_path.chmod(0o700)
+    assert (code, len(errors)) == (2, 1)
+    assert "can't be written to" in errors[0]
+
+
+@pytest.fixture
+def little_disk(tmp_path):
+    """A directory with room for the masks and not for the model."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting isn't permitted here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("step", ["prune", "tune", "merge", "run"])
+def test_a_full_disk_is_one_line_and_leaves_no_half(
+    phx, little_disk, chain, tmp_path, model_directory, task_directory, step
+):
+    filler = little_disk / "filler"
+    filler.write_bytes(bytes({"prune": 60_000, "tune": 124_000, "merge": 60_000, "run": 50_000}[step]))
+    out = little_disk / "out"
+    masks = ("--masks", chain / "masks.safetensors")
+    recipe = tmp_path / "recipe.yaml"
+    values = {"name": "a", "model": str(model_directory), "task": str(task_directory)}
+    recipe.write_text(json.dumps(values | {"sparsify": {"calibration": {"samples": 2, "length": 16}}}))
+    commands = {
+        "prune": ("prune", model_directory, "importance=magnitude", "--out", out),
+        "tune": ("tune", chain / "sparse", *masks, "--task", task_directory, "max_steps=1", "--out", out),
+        "merge": ("merge", chain / "sparse", *masks, "--adapter", chain / "adapter/chosen", "--out", out),
+        "run": ("run", recipe, "--out", out),
+    }
+    code, _, errors = phx(*commands[step])
+    assert code == 2
+    assert [line for line in errors if line.startswith("phx: ")] == errors[-1:]
+    assert "the disk is full; free some space, then run again" in errors[-1]
+    assert "Traceback" not in "".join(errors)
+    left = list(out.rglob("*"))
+    assert not [path for path in left if path.suffix == ".tmp"]
+    assert not (out / "sparse").exists()
+    assert not (out / "merged").exists()
+    filler.unlink()
+    for path in left:  # what is there is whole
+        if path.suffix == ".json":
+            read_json(path)
+
+
+def test_a_bad_recipe_or_override_makes_no_run(phx, tmp_path, monkeypatch, model_directory, task_directory):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text("name: [\n")
+    good = {"name": "good", "model": str(model_directory), "task": str(task_directory)}
+    (tmp_path / "good.yaml").write_text(json.dumps(good))
+    for command in ("run", "plan"):
+        for arguments, words in (
+            (["bad.yaml"], "bad.yaml is not YAML"),
+            (["none.yaml"], "none.yaml can't be read (FileNotFoundError); give a YAML file"),
+            (["good.yaml", "sparsify.sparsity=1"], "good.yaml: sparsify.sparsity=1 should be less than 1"),
+            (["good.yaml", "finetune.epoch=1"], "did you mean finetune.epochs?"),
+            (["good.yaml", "nonsense"], "'nonsense' is not key=value"),
+            (["good.yaml", "model=./nowhere"], "./nowhere is not a directory"),
+        ):
+            code, said, errors = phx(command, *arguments)
+            assert (code, said, len(errors)) == (2, "", 1), errors
+            assert errors[0].startswith("phx: ")
+            assert words in errors[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.yaml", "good.yaml"]
+
+
+def test_a_plan_is_shown_and_nothing_done(phx, tmp_path, monkeypatch, model_directory, task_directory):
+    monkeypatch.chdir(tmp_path)
+    values = {"name": "good", "model": str(model_directory), "task": str(task_directory)}
+    (tmp_path / "good.yaml").write_text(json.dumps(values))
+    code, said, errors = phx("plan", "good.yaml", "finetune.epochs=2")
+    assert (code, errors) == (0, [])
+    assert "epochs: 2.0" in said
+    assert "memory" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["good.yaml"]
+
+
+def test_report_writes_a_run_s_report_again(phx, tmp_path):
+    code, said, errors = phx("report", tmp_path)
+    assert (code, said) == (2, "")
+    assert errors == [f"phx: {tmp_path}: no manifest.json; give a run directory"]
+
+
+def test_a_step_does_not_go_on_from_another_s_checkpoints(phx, chain, task_directory, tmp_path, monkeypatch):
+    """A killed search leaves its journal; the same search takes it up, one of another adapter must not."""
+    from phoenix_sparse import steps
+
+    seen = []
+    monkeypatch.setattr(steps, "search", lambda *_args, work, **_kwargs: seen.append(work))
+    masks = ("--masks", chain / "masks.safetensors", "--task", task_directory, "--out", tmp_path)
+    for adapter in ("super", "super", "chosen"):
+        assert phx("search", chain / "sparse", "--adapter", chain / "adapter" / adapter, *masks)[0] == 0
+    assert phx("search", chain / "sparse", "--adapter", chain / "adapter/super", *masks, "--seed", "1")[0] == 0
+    assert seen[0] == seen[1]
+    assert len(set(seen)) == 3
+
+
+def test_in_a_process_of_its_own(broken, model_directory, task_directory, tmp_path):
+    """What libraries say when they are imported counts, too: stderr is one line and the exit code the shell's."""
+    command = [sys.executable, "-m", "phoenix_sparse.cli", "prune", str(broken / "nan"), "--task", str(task_directory)]
+    done = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("phx: ")
+    assert "NaN or infinite" in done.stderr
+    assert not (tmp_path / "out").exists()

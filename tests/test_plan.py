@@ -1,0 +1,119 @@
+"""The plan: figures of the real model, from its configuration alone."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from phoenix_sparse import models, plan, steps
+from phoenix_sparse.models import load_model, prunable_linears
+from phoenix_sparse.pipeline import open_task
+from phoenix_sparse.recipe import Recipe, check, override
+from tiny import CONFIGS, make_model
+
+
+def planned(directory: Path, task_directory: Path, *changes: str):
+    values = {"name": "a", "model": str(directory), "task": str(task_directory), "finetune": {"ranks": [8, 4]}}
+    recipe = check(Recipe, override(values, changes), "test")
+    return plan.estimate(recipe, directory, open_task(recipe.task, seed=0))
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_loaded(monkeypatch):
+    """A plan is for models that may not fit into this machine."""
+
+    def refuse(*_args, **_kwargs):
+        pytest.fail("the model was loaded")
+
+    monkeypatch.setattr(models, "load_model", refuse)
+    monkeypatch.setattr(steps, "load_model", refuse)
+
+
+@pytest.fixture
+def directory(tmp_path, tokenizer):
+    """A model's directory without its weights."""
+
+    def write(kind: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
+        config = CONFIGS[kind]()
+        config.dtype = dtype
+        config.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_parameters_are_those_of_the_real_model(directory, task_directory, kind):
+    model = make_model(kind)
+    layers = prunable_linears(model)
+    figures = planned(directory(kind), task_directory)["model"]
+    assert figures["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert figures["prunable"] == sum(layer.weight.numel() for layer in layers.values())
+    assert figures["layers"] == len(layers)
+
+
+def test_the_adapter_is_the_one_that_would_be_trained(model_directory, task_directory):
+    from phoenix_sparse.finetuning.adapter import add_adapter
+
+    for targets in (None, ("q_proj", "down_proj")):
+        adapted = add_adapter(load_model(model_directory), rank=8, scale=1, masks=None, seed=0, targets=targets)
+        trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+        change = [f"finetune.targets=[{', '.join(targets)}]"] if targets else []
+        assert planned(model_directory, task_directory, *change)["model"]["adapter"] == trained
+
+
+@pytest.mark.parametrize("group", ["memory_bytes", "disk_bytes"])
+@pytest.mark.parametrize("change", [(), ("evaluate.baselines=[]",), ("finetune.gradient_checkpointing=true",)])
+def test_parts_are_positive_and_add_up(directory, task_directory, group, change):
+    figures = dict(planned(directory(), task_directory, *change)[group])
+    whole = figures.pop("in all")
+    assert len(figures) >= 3
+    assert min(figures.values()) > 0
+    assert whole == sum(figures.values())
+
+
+def test_weights_count_in_their_dtype(directory, task_directory):
+    wide = planned(directory(), task_directory)
+    assert wide["memory_bytes"]["weights"] == 4 * wide["model"]["parameters"]
+    half = planned(directory(dtype=torch.bfloat16), task_directory)
+    assert half["memory_bytes"]["weights"] == 2 * half["model"]["parameters"]
+    assert (
+        planned(directory(), task_directory, "dtype=bfloat16")["memory_bytes"]["weights"]
+        == (half["memory_bytes"]["weights"])
+    )
+
+
+def test_steps_and_time_follow_the_recipe(directory, task_directory):
+    place = directory()
+    three = planned(place, task_directory, "finetune.epochs=3", "finetune.batch_size=16")
+    assert three["task"]["train"] == 70
+    assert three["training"]["steps"] == math.ceil(3 * 70 / 16)
+    fixed = planned(place, task_directory, "finetune.max_steps=7", "finetune.batch_size=16")
+    assert fixed["training"]["steps"] == 7
+    alone = planned(place, task_directory, "evaluate.baselines=[dense]")
+    both = planned(place, task_directory, "evaluate.baselines=[dense_lora]")
+    assert both["training"]["FLOPs"] == 2 * alone["training"]["FLOPs"]
+    assert both["disk_bytes"]["models"] * 2 == alone["disk_bytes"]["models"] * 3
+    for figures in (three, both):
+        training = figures["training"]
+        assert figures["seconds"]["training, at least"] == pytest.approx(
+            training["FLOPs"] / training["measured FLOP/s"]
+        )
+
+
+def test_less_is_kept_in_memory_where_blocks_are_computed_again(directory, task_directory):
+    place = directory()
+    plain, again = (planned(place, task_directory, f"finetune.gradient_checkpointing={on}") for on in ("no", "yes"))
+    assert again["memory_bytes"]["activations"] < plain["memory_bytes"]["activations"]
+    micro = planned(place, task_directory, "finetune.micro_batch_size=4")
+    assert micro["memory_bytes"]["activations"] * 8 == plain["memory_bytes"]["activations"]
+
+
+def test_nothing_is_written(directory, task_directory, tmp_path, monkeypatch):
+    place = directory()
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    planned(place, task_directory)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before

@@ -1,0 +1,242 @@
+"""Recipes: what is refused, in which words; overrides; the shipped recipes."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.evaluation.settings import EvaluateSettings
+from phoenix_sparse.finetuning.settings import FinetuneSettings, SearchSettings
+from phoenix_sparse.pruning.settings import CalibrationSettings, SparsifySettings
+from phoenix_sparse.recipe import Recipe, check, dump_recipe, load_recipe, override
+from phoenix_sparse.tasks.settings import TaskSettings
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+LEAST = {"name": "a", "model": "models/a", "task": "gsm8k"}
+
+
+def refusal(action) -> str:
+    """The one line that something is refused with."""
+    with pytest.raises(PhoenixError) as caught:
+        action()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert caught.value.exit_code == 2
+    return message
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        # unknown fields, at every depth
+        ("sparsfy={}", "sparsfy is no field; did you mean sparsify?"),
+        ("sparsity=0.5", "sparsity is no field; did you mean sparsify.sparsity?"),
+        ("batch_size=8", "batch_size is no field; did you mean finetune.batch_size or evaluate.batch_size?"),
+        ("sparsify.sparsty=0.5", "sparsify.sparsty is no field; did you mean sparsify.sparsity?"),
+        ("sparsify.calibration.sampels=5", "did you mean sparsify.calibration.samples?"),
+        ("evaluate.perplexity={text: a, contxt_length: 8}", "did you mean evaluate.perplexity.context_length?"),
+        ("task.nam=gsm8k", "task.nam is no field; did you mean task.name?"),
+        ("search.zzz=1", "search.zzz is no field; known here: bounds, hill_climb, nsga2, population, examples"),
+        # values
+        ("sparsify.sparsity=1.0", "sparsify.sparsity=1.0 should be less than 1"),
+        ("sparsify.sparsity=-0.1", "sparsify.sparsity=-0.1 should be greater than or equal to 0"),
+        ("sparsify.sparsity=half", "sparsify.sparsity='half' should be a valid number"),
+        ("sparsify.importance=wand", "sparsify.importance='wand' should be 'wanda', 'magnitude' or 'random'"),
+        ("finetune.epochs=0", "finetune.epochs=0 should be greater than 0"),
+        ("finetune.learning_rate=.nan", "finetune.learning_rate=nan should be"),
+        ("finetune.max_steps=1.5", "finetune.max_steps=1.5 should be a valid integer"),
+        ("finetune.ranks=[]", "finetune.ranks=[]: needs one or more different whole numbers from 1 up"),
+        ("finetune.ranks=[8, 8]", "finetune.ranks=[8, 8]: needs one or more different"),
+        ("finetune.ranks=[8, 0]", "finetune.ranks=[8, 0]: needs one or more different"),
+        ("finetune.ranks=8", "finetune.ranks=8 should be a list"),
+        ("finetune.ranks=[many]", "finetune.ranks.0='many' should be a valid integer"),
+        ("evaluate.baselines=[dens]", "evaluate.baselines.0='dens' should be 'dense', 'pruned' or 'dense_lora'"),
+        ("task.holdout=1", "task.holdout=1 should be less than 1"),
+        ("task.data=5", "task.data=5 should be a path"),
+        ("task=''", "task.name='': the task has no name; give a built-in task or a folder"),
+        ("seed=-1", "seed=-1 should be greater than or equal to 0"),
+        ("dtype=float16", "dtype='float16' should be 'auto', 'float32' or 'bfloat16'"),
+        ("name=runs/a", "name='runs/a': use letters, digits"),
+        ("name=..", "name='..': use letters, digits"),
+        ("model=", "model=(empty) should be a valid string"),
+        ("name=" + 500 * "x" + "/", "...: use letters, digits"),
+        # a value where a section belongs
+        ("sparsify=0.5", "sparsify=0.5 should be a section with keys such as sparsity"),
+        ("finetune=", "finetune=(empty) should be a section with keys such as mode"),
+        ("task=5", "task=5 should be a section with keys such as name"),
+        ("evaluate.perplexity=text.txt", "evaluate.perplexity='text.txt' should be a section with keys such as text"),
+        # fields that don't go together
+        ("finetune.dropout=0.1", "finetune.dropout: the masked update has one product with the input"),
+        ("finetune.dense_merge=remask", "finetune.dense_merge: belongs to mode: sparse_to_dense"),
+        ("finetune.micro_batch_size=3", "finetune.micro_batch_size: 3 does not divide batch_size 32"),
+        ("sparsify.calibration.source=text", "sparsify.calibration.source: text needs text: FILE"),
+        ("sparsify.calibration.text=a.txt", "sparsify.calibration.source: text needs text: FILE"),
+        # overrides that are none
+        ("seed", "'seed' is not key=value; write for example sparsify.sparsity=0.6"),
+        ("=1", "'=1' is not key=value"),
+        ("sparsify..sparsity=1", "'sparsify..sparsity=1' is not key=value"),
+        ("seed=[1", "seed: '[1' is not a YAML value"),
+        ("seed=2025-13-01", "seed: '2025-13-01' is not a YAML value"),
+        ("model.path=a", "model is a value ('models/a') and has no fields; set it as a whole"),
+    ],
+)
+def test_a_refusal_names_the_field_and_what_would_be_right(tmp_path, change, words):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(LEAST))
+    message = refusal(lambda: load_recipe(path, [change]))
+    assert words in message
+    assert len(message) < 300 + len(str(path))
+
+
+def test_what_does_not_fit_is_told_all_at_once():
+    message = refusal(lambda: check(Recipe, {"name": "a", "seed": -1, "sparsify": {"sparsity": 2}}, "a.yaml"))
+    assert message.startswith("a.yaml: ")
+    for words in (
+        "model is missing (a Hugging Face model directory, a hub name, or demo)",
+        "task is missing (a built-in task or a folder with task.yaml, or a section with name)",
+        "seed=-1",
+        "sparsify.sparsity=2",
+    ):
+        assert words in message
+
+
+SECTIONS = [
+    Recipe,
+    TaskSettings,
+    SparsifySettings,
+    CalibrationSettings,
+    FinetuneSettings,
+    SearchSettings,
+    EvaluateSettings,
+]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_required_field_says_what_it_is(section):
+    """Its description is what the refusal says."""
+    assert all(field.description for field in section.model_fields.values() if field.is_required())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("- name: a\n", "must hold keys and values, such as model: and task:"),
+        ("", "must hold keys and values"),
+        ("just words", "must hold keys and values"),
+        ("name: [a\nmodel: b\n", "is not YAML (while parsing a flow sequence"),
+        ("name: a\nmodel: !!python/object:os.system x\n", "is not YAML (could not determine a constructor"),
+        ("seed: 2025-13-01\n", "is not YAML (month must be in 1..12)"),
+        ("5: 6\n", "5=5: keys should be strings"),
+    ],
+)
+def test_a_file_that_is_no_recipe(tmp_path, text, words):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    message = refusal(lambda: load_recipe(path))
+    assert words in message
+    assert str(path) in message
+
+
+def test_a_file_that_can_not_be_read(tmp_path):
+    assert "none.yaml can't be read (FileNotFoundError)" in refusal(lambda: load_recipe(tmp_path / "none.yaml"))
+    assert "can't be read (IsADirectoryError)" in refusal(lambda: load_recipe(tmp_path))
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
+    assert "can't be read (UnicodeDecodeError)" in refusal(lambda: load_recipe(tmp_path / "latin.yaml"))
+
+
+def test_overrides(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("name: a\nmodel: b\ntask: gsm8k\nfinetune: {epochs: 5}\nsearch:\n")
+    changes = [
+        "task.data=some/where",
+        "finetune.ranks=[4, 16, 8]",
+        "finetune.learning_rate=3e-4",
+        "finetune.targets=[q_proj]",
+        "evaluate.perplexity.text=a.txt",
+        "evaluate.baselines=[]",
+        "evaluate.perplexity.max_tokens=100",
+        "search.bounds=no",
+        "seed=3",
+        "seed=4",
+    ]
+    recipe = load_recipe(path, changes)
+    assert (recipe.task.name, recipe.task.data) == ("gsm8k", Path("some/where"))
+    assert recipe.finetune.ranks == (16, 8, 4)
+    assert (recipe.finetune.learning_rate, recipe.finetune.epochs) == (3e-4, 5)
+    assert recipe.finetune.targets == ("q_proj",)
+    assert recipe.evaluate.perplexity is not None
+    assert recipe.evaluate.perplexity.max_tokens == 100
+    assert recipe.evaluate.baselines == ()
+    assert recipe.search.bounds is False
+    assert recipe.seed == 4
+    again = load_recipe(path, [*changes, "evaluate.perplexity=null", "task=boolq", "finetune.targets=null"])
+    assert again.evaluate.perplexity is None
+    assert (again.task.name, again.task.data, again.finetune.targets) == ("boolq", None, None)
+
+
+def test_overrides_change_a_copy():
+    values = {"sparsify": {"sparsity": 0.5}, "task": "gsm8k"}
+    changed = override(values, ["sparsify.sparsity=0.7", "task.max_test=3", "finetune.epochs=1"])
+    assert values == {"sparsify": {"sparsity": 0.5}, "task": "gsm8k"}
+    assert changed == {
+        "sparsify": {"sparsity": 0.7},
+        "task": {"name": "gsm8k", "max_test": 3},
+        "finetune": {"epochs": 1},
+    }
+
+
+POSITIVE = st.floats(min_value=1e-9, max_value=1e9)
+TEXT = st.text(st.characters(exclude_categories=["C", "Zl", "Zp"]), min_size=1)  # YAML keeps no control characters
+
+
+@given(
+    name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True),
+    model=TEXT,
+    seed=st.integers(0, 2**63),
+    sparsity=st.floats(0, 1, exclude_max=True),
+    ranks=st.lists(st.integers(1, 512), min_size=1, unique=True),
+    rate=POSITIVE,
+    epochs=POSITIVE,
+    targets=st.none() | st.lists(TEXT, min_size=1),
+    data=st.none() | st.from_regex(r"[\w /.-]+", fullmatch=True),
+)
+def test_a_dumped_recipe_is_read_back(
+    tmp_path_factory, name, model, seed, sparsity, ranks, rate, epochs, targets, data
+):
+    values = {
+        "name": name,
+        "model": model,
+        "task": {"name": "gsm8k", "data": data},
+        "seed": seed,
+        "sparsify": {"sparsity": sparsity, "importance": "random"},
+        "finetune": {"ranks": ranks, "learning_rate": rate, "epochs": epochs, "targets": targets},
+    }
+    recipe = check(Recipe, values, "values")
+    path = tmp_path_factory.getbasetemp() / "dumped.yaml"
+    path.write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(path) == recipe
+    assert dump_recipe(load_recipe(path)) == dump_recipe(recipe)
+
+
+def test_a_dump_holds_every_field():
+    def leaves(kind, values):
+        assert list(values) == list(kind.model_fields)
+
+    values = yaml.safe_load(dump_recipe(check(Recipe, LEAST, "least")))
+    leaves(Recipe, values)
+    for section in ("sparsify", "finetune", "search", "evaluate", "task"):
+        leaves(Recipe.model_fields[section].annotation, values[section])
+
+
+def test_recipes_are_shipped():
+    assert "demo" in [path.stem for path in RECIPES]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_shipped_recipe_is_right(path):
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    assert load_recipe(path, ["sparsify.sparsity=0.7"]).sparsify.sparsity == 0.7
