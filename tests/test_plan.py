@@ -89,18 +89,17 @@ def test_steps_and_time_follow_the_recipe(directory, task_directory):
     place = directory()
     three = planned(place, task_directory, "finetune.epochs=3", "finetune.batch_size=16")
     assert three["task"]["train"] == 70
-    assert three["training"]["steps"] == math.ceil(3 * 70 / 16)
+    assert three["training"]["steps of each"] == math.ceil(3 * 70 / 16)
     fixed = planned(place, task_directory, "finetune.max_steps=7", "finetune.batch_size=16")
-    assert fixed["training"]["steps"] == 7
-    alone = planned(place, task_directory, "evaluate.baselines=[dense]")
-    both = planned(place, task_directory, "evaluate.baselines=[dense_lora]")
-    assert both["training"]["FLOPs"] == 2 * alone["training"]["FLOPs"]
+    assert fixed["training"]["steps of each"] == 7
+    alone = planned(place, task_directory, "evaluate.baselines=[dense]", "search.hill_climb=5", "search.nsga2=3")
+    both = planned(place, task_directory, "evaluate.baselines=[dense_lora]", "search.bounds=false")
+    assert (alone["training"]["trainings"], both["training"]["trainings"]) == (1, 2)
+    assert list(alone["evaluation"].values()) == [2, 11]
     assert both["disk_bytes"]["models"] * 2 == alone["disk_bytes"]["models"] * 3
     for figures in (three, both):
-        training = figures["training"]
-        assert figures["seconds"]["training, at least"] == pytest.approx(
-            training["FLOPs"] / training["measured FLOP/s"]
-        )
+        trainings, steps, flops, rate = figures["training"].values()
+        assert figures["seconds"]["training, at that rate"] == pytest.approx(trainings * steps * flops / rate)
 
 
 def test_less_is_kept_in_memory_where_blocks_are_computed_again(directory, task_directory):

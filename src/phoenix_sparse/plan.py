@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from phoenix_sparse.evaluation.flops import count_flops
+from phoenix_sparse.evaluation.flops import count_training_flops
 from phoenix_sparse.models import find_device, load_config, load_tokenizer, prunable_linears
 from phoenix_sparse.recipe import Recipe
 from phoenix_sparse.tasks import Task
 
 BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
-SAMPLED_EXAMPLES = 64
+SAMPLED_EXAMPLES = 2000
 
 
 def estimate(recipe: Recipe, directory: Path, task: Task) -> dict[str, Any]:
@@ -21,23 +21,28 @@ def estimate(recipe: Recipe, directory: Path, task: Task) -> dict[str, Any]:
 
     Memory counts weights, masks, the adapter with its gradient and Adam's two moments, one buffer of the largest
     linear, and the activations that training keeps. Time counts the FLOPs of training at the rate that a matrix
-    product of this model's size reaches here and now; launch overheads make small models slower than that.
+    product of this model's size reaches here and now. What lies between the products (norms, activations, launches)
+    isn't counted, which makes small models slower than that, and neither is evaluation.
 
     Returns:
-        `model`, `task`, `training`, `memory_bytes`, `disk_bytes` and `seconds`, each a mapping of names to figures.
+        `model`, `task`, `training`, `evaluation`, `memory_bytes`, `disk_bytes` and `seconds`, each a mapping of names
+        to figures.
     """
     from transformers import AutoModelForCausalLM
 
     config, device = load_config(directory), find_device(recipe.device)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     width = _width(config, recipe, device)
     layers = prunable_linears(model)
-    adapted = [m for name, m in layers.items() if not recipe.finetune.targets or _last(name) in recipe.finetune.targets]
+    targets = recipe.finetune.targets
+    adapted = {name: layer for name, layer in layers.items() if not targets or name.rsplit(".", 1)[-1] in targets}
     prunable = sum(layer.weight.numel() for layer in layers.values())
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    adapter = recipe.finetune.ranks[0] * sum(layer.in_features + layer.out_features for layer in adapted)
-    tokens = _tokens(task, directory, recipe)
+    adapter = recipe.finetune.ranks[0] * sum(layer.in_features + layer.out_features for layer in adapted.values())
+    tokens, longest = _lengths(task, directory, recipe)
     examples = math.ceil(recipe.finetune.epochs * len(task.train))
     if recipe.finetune.max_steps is not None:
         examples = recipe.finetune.max_steps * recipe.finetune.batch_size
@@ -47,7 +52,7 @@ def estimate(recipe: Recipe, directory: Path, task: Task) -> dict[str, Any]:
         "masks": prunable,
         "adapter, gradient and optimizer": 16 * adapter,
         "weight buffer": 2 * width * max(layer.weight.numel() for layer in layers.values()),
-        "activations": _activations(config, recipe, tokens, width),
+        "activations": _activations(config, recipe, longest, width),
     }
     memory["in all"] = sum(memory.values())
     checkpoints = 2 * 12 * adapter
@@ -58,11 +63,16 @@ def estimate(recipe: Recipe, directory: Path, task: Task) -> dict[str, Any]:
         "adapters and checkpoints": 2 * 4 * adapter + checkpoints,
     }
     disk["in all"] = sum(disk.values())
-    # Forward, backward to the inputs, and the weight's gradient: three products of the model's size.
-    forward = count_flops(config, None, prompt_length=max(tokens, 1), context_length=max(tokens, 1))
-    per_example = 3 * forward["prefill"]["total"]["dense"]
-    rate = _rate(config, device, width)
+    step = count_training_flops(
+        model,
+        dict.fromkeys(adapted, recipe.finetune.ranks[0]),
+        sequence_length=tokens,
+        sequences_per_step=recipe.finetune.batch_size,
+    )
+    steps = math.ceil(examples / recipe.finetune.batch_size)
     trainings = 1 + ("dense_lora" in recipe.evaluate.baselines)
+    rate = _rate(config, recipe, device, width, tokens)
+    search = recipe.search
     return {
         "model": {"parameters": parameters, "prunable": prunable, "layers": len(layers), "adapter": adapter},
         "task": {
@@ -72,14 +82,18 @@ def estimate(recipe: Recipe, directory: Path, task: Task) -> dict[str, Any]:
             "tokens per example": tokens,
         },
         "training": {
-            "steps": math.ceil(examples / recipe.finetune.batch_size),
             "trainings": trainings,
-            "FLOPs": trainings * examples * per_example,
-            "measured FLOP/s": rate,
+            "steps of each": steps,
+            "FLOPs of a step": step["total"],
+            "FLOP/s measured here": rate,
+        },
+        "evaluation": {
+            "models on the test split": 1 + len(recipe.evaluate.baselines),
+            "sub-adapters on the validation split": 1 + 2 * search.bounds + search.hill_climb + search.nsga2,
         },
         "memory_bytes": memory,
         "disk_bytes": disk,
-        "seconds": {"training, at least": trainings * examples * per_example / rate},
+        "seconds": {"training, at that rate": trainings * steps * step["total"] / rate},
     }
 
 
@@ -90,20 +104,21 @@ def _width(config: Any, recipe: Recipe, device: torch.device) -> int:
     return 4 if stored == torch.float16 and device.type == "cpu" else BYTES.get(stored, 4)
 
 
-def _last(name: str) -> str:
-    return name.rsplit(".", 1)[-1]
-
-
-def _tokens(task: Task, directory: Path, recipe: Recipe) -> int:
-    """Mean length of a training example, from the first few."""
+def _lengths(task: Task, directory: Path, recipe: Recipe) -> tuple[int, int]:
+    """Mean and greatest length of a training example in tokens, from the first ones."""
     tokenizer = load_tokenizer(directory)
     sample = task.train[:SAMPLED_EXAMPLES]
     lengths = [len(tokenizer(example.prompt + example.completion).input_ids) + 1 for example in sample]
-    return min(round(sum(lengths) / len(lengths)), recipe.finetune.max_length)
+    limit = recipe.finetune.max_length
+    return min(round(sum(lengths) / len(lengths)), limit), min(max(lengths), limit)
 
 
 def _activations(config: Any, recipe: Recipe, tokens: int, width: int) -> int:
-    """What training keeps: about 16 hidden and 4 intermediate vectors a token and block, and float32 logits twice."""
+    """What training keeps in its largest batch.
+
+    About 16 hidden and 4 intermediate vectors a token and block; and the logits with their gradient in the model's
+    dtype, and in float32 with their logarithm and its gradient.
+    """
     hidden = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", 4 * hidden)
     block = width * (16 * hidden + 4 * inner)
@@ -112,14 +127,14 @@ def _activations(config: Any, recipe: Recipe, tokens: int, width: int) -> int:
         if recipe.finetune.gradient_checkpointing
         else (block * config.num_hidden_layers)
     )
-    return recipe.finetune.micro_batch * tokens * (blocks + 2 * 4 * config.vocab_size)
+    return recipe.finetune.micro_batch * tokens * (blocks + (2 * width + 12) * config.vocab_size)
 
 
-def _rate(config: Any, device: torch.device, width: int) -> float:
-    """FLOP/s of a product of (2048, hidden) with (hidden, hidden), the median of some."""
-    size = config.hidden_size
+def _rate(config: Any, recipe: Recipe, device: torch.device, width: int, tokens: int) -> float:
+    """FLOP/s of a product of a micro-batch with a (hidden, hidden) weight, the best of some (others may be at work)."""
+    rows, size = recipe.finetune.micro_batch * tokens, config.hidden_size
     dtype = torch.float32 if width == 4 else torch.bfloat16
-    one, two = torch.randn(2048, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype)
+    one, two = torch.randn(rows, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype)
     seconds = []
     for _ in range(12):
         started = time.perf_counter()
@@ -127,4 +142,4 @@ def _rate(config: Any, device: torch.device, width: int) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    return 2 * 2048 * size * size / sorted(seconds[2:])[len(seconds[2:]) // 2]
+    return 2 * rows * size * size / min(seconds)
