@@ -61,6 +61,19 @@ def load_config(directory: Path) -> Any:
         raise PhoenixError(f"{directory}/config.json: not a model configuration ({_line(error)})") from error
 
 
+def empty_model(config: Any) -> Any:
+    """A model of a configuration's shapes, without weights (on the meta device)."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise PhoenixError(
+            f"model: no causal language model can be built from its config.json ({_line(error)})"
+        ) from error
+
+
 def load_model(directory: Path, dtype: Dtype = "auto", device: Device = "auto") -> Any:
     """Load a causal language model for computing with, in one dtype.
 

@@ -49,11 +49,13 @@ def run(
     model = model_directory(recipe.model)
     task = open_task(recipe.task, seed=recipe.seed)
     steps.require_validation(task)
+    steps.require_targets(model, recipe.finetune.targets)
+    texts = _texts(recipe)
     machine = Machine(recipe.dtype, recipe.device, recipe.seed, progress)
     with open_run(
         recipe, out or Path("runs") / recipe.name, resume=resume, overwrite=overwrite, announce=announce
     ) as this:
-        this.describe(model={"path": recipe.model, "sha256": sha256(model)}, task=task.record())
+        this.describe(model={"path": recipe.model, "sha256": sha256(model)}, task=task.record(), texts=texts)
 
         # 1. Adaptive sparsity initialisation: which weights can the task do without?
         this.stage("sparsify", lambda: steps.sparsify(model, task, recipe.sparsify, this.directory, machine))
@@ -92,6 +94,13 @@ def open_task(settings: TaskSettings, *, seed: int) -> Task:
 
         settings = settings.model_copy(update={"name": str(demo.task_directory())})
     return load_task(settings, seed=seed)
+
+
+def _texts(recipe: Recipe) -> dict[str, str]:
+    """The recipe's text files by their hashes: a missing one is told now, a changed one when a run is gone on with."""
+    perplexity = recipe.evaluate.perplexity
+    files = [recipe.sparsify.calibration.text, perplexity.text if perplexity else None]
+    return {str(file): sha256(file) for file in files if file is not None}
 
 
 def _masks(this: Run) -> steps.Masks:

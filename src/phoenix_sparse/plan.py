@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from phoenix_sparse.evaluation.flops import count_training_flops
-from phoenix_sparse.models import find_device, load_config, load_tokenizer, prunable_linears
+from phoenix_sparse.finetuning.adapter import target_names
+from phoenix_sparse.models import empty_model, find_device, load_config, load_tokenizer, prunable_linears
 from phoenix_sparse.recipe import Recipe
 from phoenix_sparse.tasks import Task
 
@@ -28,17 +29,14 @@ def estimate(recipe: Recipe, directory: Path, task: Task) -> dict[str, Any]:
         `model`, `task`, `training`, `evaluation`, `memory_bytes`, `disk_bytes` and `seconds`, each a mapping of names
         to figures.
     """
-    from transformers import AutoModelForCausalLM
-
     config, device = load_config(directory), find_device(recipe.device)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = empty_model(config)
     width = _width(config, recipe, device)
     layers = prunable_linears(model)
-    targets = recipe.finetune.targets
-    adapted = {name: layer for name, layer in layers.items() if not targets or name.rsplit(".", 1)[-1] in targets}
+    targets = target_names(model, recipe.finetune.targets)
+    adapted = {name: layer for name, layer in layers.items() if name.rsplit(".", 1)[-1] in targets}
     prunable = sum(layer.weight.numel() for layer in layers.values())
     parameters = sum(parameter.numel() for parameter in model.parameters())
     adapter = recipe.finetune.ranks[0] * sum(layer.in_features + layer.out_features for layer in adapted.values())

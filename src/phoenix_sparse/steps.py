@@ -12,7 +12,7 @@ from phoenix_sparse.evaluation.settings import EvaluateSettings, PerplexitySetti
 from phoenix_sparse.files import write_json
 from phoenix_sparse.finetuning.settings import FinetuneSettings, SearchSettings
 from phoenix_sparse.masks import Masks, compute_sparsity_stats, load_mask, plot_sparsity_histogram, save_mask
-from phoenix_sparse.models import load_config, load_model, load_tokenizer, prunable_linears, save_model
+from phoenix_sparse.models import empty_model, load_config, load_model, load_tokenizer, prunable_linears, save_model
 from phoenix_sparse.progress import Progress
 from phoenix_sparse.pruning.settings import SparsifySettings
 from phoenix_sparse.settings import Device, Dtype, Settings
@@ -134,6 +134,13 @@ def require_validation(task: Task) -> None:
     """Refuse a task by whose examples no sub-adapter could be chosen, before hours of work lead up to that."""
     if not task.validation:
         raise PhoenixError(f"task {task.name}: no examples to validate with; set task.validation above 0")
+
+
+def require_targets(source: Path, targets: tuple[str, ...] | None) -> None:
+    """Refuse adapter targets that the model doesn't have, from its configuration alone."""
+    from phoenix_sparse.finetuning.adapter import target_names
+
+    target_names(empty_model(load_config(source)), targets)
 
 
 def search(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from phoenix_sparse.errors import PhoenixError
-from phoenix_sparse.models import decoder_blocks, linears
+from phoenix_sparse.models import decoder_blocks, empty_model, linears
 
 CONVENTION = (
     "One multiply-add is 2 FLOPs. Matrix products only: every linear, lm_head at every position, and attention's "
@@ -183,15 +183,11 @@ def _as_model(model_or_config: Any) -> Any:
     if isinstance(model_or_config, nn.Module):
         model = model_or_config
     else:
-        from transformers import AutoModelForCausalLM, PretrainedConfig
+        from transformers import PretrainedConfig
 
         if not isinstance(model_or_config, PretrainedConfig):
             raise PhoenixError(f"{type(model_or_config).__name__}: give a model or a transformers configuration")
-        try:
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(model_or_config)
-        except ValueError as error:
-            raise PhoenixError(f"{type(model_or_config).__name__}: not of a causal language model") from error
+        model = empty_model(model_or_config)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             continue

@@ -98,18 +98,13 @@ def add_adapter(
     layers = prunable_linears(model)
     if masks is not None:
         check_fit(masks, layers)
-    names = {name.rsplit(".", 1)[-1] for name in layers}
-    unknown = set(targets or ()) - names
-    if unknown:
-        raise PhoenixError(
-            f"finetune.targets: no linear is called {sorted(unknown)[0]}; there are {', '.join(sorted(names))}"
-        )
+    names = target_names(model, targets)
     ranks = dict(rank_pattern or {})
     config = LoraConfig(
         r=rank,
         lora_alpha=scale * rank,  # type: ignore[arg-type]
         lora_dropout=dropout,
-        target_modules=sorted(targets or names),
+        target_modules=names,
         rank_pattern=ranks,
         alpha_pattern={name: scale * r for name, r in ranks.items()},
         task_type="CAUSAL_LM",
@@ -122,6 +117,21 @@ def add_adapter(
         if masks is not None:
             layer.set_mask(masks[name])
     return adapted
+
+
+def target_names(model: Any, targets: tuple[str, ...] | None) -> list[str]:
+    """The last names of the linears to adapt: those asked for, or all prunable ones.
+
+    Raises:
+        PhoenixError: a name that no prunable linear has.
+    """
+    names = {name.rsplit(".", 1)[-1] for name in prunable_linears(model)}
+    unknown = set(targets or ()) - names
+    if unknown:
+        raise PhoenixError(
+            f"finetune.targets: no linear is called {sorted(unknown)[0]}; there are {', '.join(sorted(names))}"
+        )
+    return sorted(targets or names)
 
 
 def elastic_layers(model: PeftModel) -> dict[str, ElasticLinear]:

@@ -113,6 +113,8 @@ def load_task(settings: TaskSettings, *, seed: int) -> Task:
         raise PhoenixError(
             f"task {definition.name}: no training examples are left; lower task.validation or task.holdout"
         )
+    if settings.num_fewshot > len(train):
+        raise PhoenixError(f"task.num_fewshot={settings.num_fewshot} is more than the {len(train)} training examples")
     rows = {"train": train, "validation": validation, "test": test}
     harness = _harness_task(definition, {"train": train, "test": test}, "test")
     return Task(
