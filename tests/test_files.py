@@ -18,6 +18,13 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
+def test_files_have_the_permissions_of_the_umask(tmp_path):
+    with atomic_path(tmp_path / "private") as temporary:
+        temporary.touch(mode=0o600)
+    (tmp_path / "usual").touch()
+    assert (tmp_path / "private").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
 def test_a_directory_is_replaced_as_a_whole(tmp_path):
     target = tmp_path / "model"
     for name in ("one", "two"):

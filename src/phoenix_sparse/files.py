@@ -108,7 +108,11 @@ def _readable(error: OSError, path: Path) -> PhoenixError:
 
 
 def _sync(path: Path) -> None:
+    """Flush files to the disk, with the permissions that the umask gives (safetensors makes its own private)."""
+    umask = os.umask(0)
+    os.umask(umask)
     for file in [child for child in path.rglob("*") if child.is_file()] if path.is_dir() else [path]:
+        file.chmod(0o666 & ~umask)
         descriptor = os.open(file, os.O_RDONLY)
         try:
             os.fsync(descriptor)
