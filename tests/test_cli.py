@@ -26,7 +26,10 @@ OPTIONS = {
     "search": ["--adapter", "--task", "--out", "--masks", "--data", "--batch-size", *ON_A_MACHINE],
     "merge": ["--masks", "--adapter", "--out", "--remask", "--task", "--data", *ON_A_MACHINE],
     "validate": ["--masks", "--out"],
-    "eval": ["--task", "--out", "--data", "--limit", "--batch-size", *ON_A_MACHINE],
+    "eval": [
+        *("--out", "--task", "--data", "--limit", "--text", "--context-length", "--max-tokens", "--batch-size"),
+        *ON_A_MACHINE,
+    ],
     "flops": ["--masks", "--out", "--prompt-length", "--context-length"],
     "report": [],
 }
@@ -119,6 +122,17 @@ def test_the_steps_do_their_work_on_files(chain, phx, task_directory):
     assert code == 0
     assert "on 5 examples" in said
     assert read_json(figures / "eval.json")["phoenix"]["examples"] == 5
+
+    (figures / "text.txt").write_text("some words, and some more of them\n" * 20)
+    code, said, _ = phx(
+        *("eval", chain / "merged", "--text", figures / "text.txt", "--context-length", 32, "--out", figures)
+    )
+    assert code == 0
+    read = read_json(figures / "perplexity.json")
+    assert f"perplexity {read['perplexity']:.3f} at context 32 over {read['tokens']} tokens" in said
+    code, _, errors = phx("eval", chain / "merged", "--out", figures)
+    assert (code, len(errors)) == (2, 1)
+    assert "give --task, or --text" in errors[0]
 
     code, said, errors = phx("flops", chain / "merged", "--masks", chain / "masks.safetensors", "--out", figures)
     assert (code, errors) == (0, [])

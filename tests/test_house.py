@@ -23,6 +23,7 @@ FLOORS = [
     ["plan", "pipeline"],
     ["sweep"],
     ["console"],
+    ["commands"],
     ["cli"],
 ]
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}

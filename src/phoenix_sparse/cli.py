@@ -1,16 +1,12 @@
 """The command line: one typed function a command."""
 
-import hashlib
-import os
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from phoenix_sparse.commands import named_task, say, set_up, workplace
 from phoenix_sparse.errors import PhoenixError
 
 app = typer.Typer(
@@ -109,10 +105,10 @@ def prune(
         raise PhoenixError(
             "prune: wanda needs text to calibrate on; give --task, or calibration.source=text and a file"
         )
-    with _machine(dtype, device, seed, out) as machine:
-        examples = _task(task, data, seed) if task else None
+    with set_up(dtype, device, seed, out) as machine:
+        examples = named_task(task, data, seed) if task else None
         steps.sparsify(model_directory(model), examples, chosen, out, machine)
-    _say(f"masks: {out / 'masks.safetensors'}", f"model: {out / 'sparse'}")
+    say(f"masks: {out / 'masks.safetensors'}", f"model: {out / 'sparse'}")
 
 
 @app.command()
@@ -137,13 +133,13 @@ def tune(
     chosen = check(FinetuneSettings, override({}, settings or ()), "tune")
     if chosen.mode == "sparse_to_sparse" and masks is None:
         raise PhoenixError("tune: mode=sparse_to_sparse trains through masks; give --masks, or mode=sparse_to_dense")
-    with _machine(dtype, device, seed, out) as machine:
+    with set_up(dtype, device, seed, out) as machine:
         masks = masks if chosen.mode == "sparse_to_sparse" else None
         through = steps.read_masks(masks) if masks else None
-        source, examples = find_model(model), _task(task, data, seed)
-        with _work(out, [source, masks], [chosen, examples.record(), dtype, device, seed]) as work:
+        source, examples = find_model(model), named_task(task, data, seed)
+        with workplace(out, [source, masks], [chosen, examples.record(), dtype, device, seed]) as work:
             steps.tune(source, through, examples, chosen, out, machine, work=work)
-    _say(f"adapter: {out / 'adapter' / 'super'}")
+    say(f"adapter: {out / 'adapter' / 'super'}")
 
 
 @app.command()
@@ -172,12 +168,14 @@ def search(
 
     chosen = check(SearchSettings, override({}, settings or ()), "search")
     evaluation = check(EvaluateSettings, {"batch_size": batch_size}, "search")
-    with _machine(dtype, device, seed, out) as machine:
+    with set_up(dtype, device, seed, out) as machine:
         through = steps.read_masks(masks) if masks else None
-        source, examples = find_model(model), _task(task, data, seed)
-        with _work(out, [source, masks, adapter], [chosen, evaluation, examples.record(), dtype, device, seed]) as work:
+        source, examples = find_model(model), named_task(task, data, seed)
+        with workplace(
+            out, [source, masks, adapter], [chosen, evaluation, examples.record(), dtype, device, seed]
+        ) as work:
             steps.search(source, through, examples, adapter, chosen, evaluation, out, machine, work=work)
-    _say(f"adapter: {out / 'adapter' / 'chosen'}", f"candidates: {out / 'search.json'}")
+    say(f"adapter: {out / 'adapter' / 'chosen'}", f"candidates: {out / 'search.json'}")
 
 
 @app.command()
@@ -198,12 +196,12 @@ def merge(
     from phoenix_sparse import steps
     from phoenix_sparse.models import find_model
 
-    with _machine(dtype, device, seed, out) as machine:
+    with set_up(dtype, device, seed, out) as machine:
         texts = steps.SAMPLE_TEXTS
         if task is not None:
-            texts = [example.prompt + example.completion for example in _task(task, data, seed).train[:8]]
+            texts = [example.prompt + example.completion for example in named_task(task, data, seed).train[:8]]
         steps.merge(find_model(model), steps.read_masks(masks), adapter, out, machine, remask=remask, texts=texts)
-    _say(f"model: {out / 'merged'}", f"certificate: {out / 'certificate.json'}")
+    say(f"model: {out / 'merged'}", f"certificate: {out / 'certificate.json'}")
 
 
 @app.command()
@@ -220,7 +218,7 @@ def validate(
     from phoenix_sparse.pipeline import model_directory
     from phoenix_sparse.steps import read_masks
 
-    with _machine("auto", "cpu", 0, out.parent if out else None):
+    with set_up("auto", "cpu", 0, out.parent if out else None):
         expected = read_masks(masks)
         layers = prunable_linears(load_model(model_directory(model), device="cpu"))
     if out is not None:
@@ -228,35 +226,49 @@ def validate(
     report = require_preserved(expected, layers, model)
     zeros = sum(round(layer["sparsity"] * expected[name].numel()) for name, layer in report.items())
     total = sum(mask.numel() for mask in expected.values())
-    _say(f"{model}: 0 non-zeros off the mask in {len(report)} layers; sparsity {zeros / total:.4%}")
+    say(f"{model}: 0 non-zeros off the mask in {len(report)} layers; sparsity {zeros / total:.4%}")
 
 
 @app.command("eval")
 def evaluate(
     model: Model,
     *,
-    task: TaskName,
     out: Out,
+    task: Annotated[str | None, typer.Option(help="a built-in task or a folder with task.yaml: accuracy")] = None,
     data: Data = None,
-    limit: Annotated[int | None, typer.Option(help="evaluate on the first examples only")] = None,
+    limit: Annotated[int | None, typer.Option(help="evaluate on the first examples only", min=1)] = None,
+    text: Annotated[Path | None, typer.Option(help="a text file (UTF-8): perplexity")] = None,
+    context_length: Annotated[int, typer.Option(help="tokens in a window of the text")] = 512,
+    max_tokens: Annotated[int | None, typer.Option(help="read no more of the text than this")] = None,
     batch_size: BatchSize = 32,
     seed: Seed = 0,
     dtype: DtypeName = "auto",
     device: DeviceName = "auto",
 ) -> None:
-    """Score a model on a task through lm-eval. Writes eval.json."""
+    """Score a model: accuracy on a task through lm-eval, perplexity on a text. Writes eval.json, perplexity.json."""
     from phoenix_sparse import steps
     from phoenix_sparse.evaluation.settings import EvaluateSettings
     from phoenix_sparse.files import read_json
     from phoenix_sparse.pipeline import model_directory
     from phoenix_sparse.recipe import check
 
-    settings = check(EvaluateSettings, {"batch_size": batch_size}, "eval")
-    with _machine(dtype, device, seed, out) as machine:
-        steps.evaluate(model_directory(model), _task(task, data, seed, max_test=limit), settings, out, machine)
-    score = read_json(out / "eval.json")["phoenix"]
-    error = "" if score["stderr"] is None else f" ± {score['stderr']:.4f}"
-    _say(f"{score['metric']} {score['accuracy']:.4f}{error} on {score['examples']} examples: {out / 'eval.json'}")
+    if task is None and text is None:
+        raise PhoenixError("eval: nothing to evaluate on; give --task, or --text, or both")
+    window = {"text": text, "context_length": context_length, "max_tokens": max_tokens} if text else None
+    settings = check(EvaluateSettings, {"batch_size": batch_size, "perplexity": window}, "eval")
+    with set_up(dtype, device, seed, out) as machine:
+        examples = named_task(task, data, seed, max_test=limit) if task else None
+        steps.evaluate(model_directory(model), examples, settings, out, machine)
+    if task:
+        score = read_json(out / "eval.json")["phoenix"]
+        error = "" if score["stderr"] is None else f" ± {score['stderr']:.4f}"
+        say(f"{score['metric']} {score['accuracy']:.4f}{error} on {score['examples']} examples: {out / 'eval.json'}")
+    if text:
+        read = read_json(out / "perplexity.json")
+        say(
+            f"perplexity {read['perplexity']:.3f} at context {read['context_length']} over {read['tokens']} tokens: "
+            f"{out / 'perplexity.json'}"
+        )
 
 
 @app.command()
@@ -279,10 +291,10 @@ def flops(
 
     lengths = {"prompt_length": prompt_length, "context_length": context_length}
     settings = check(EvaluateSettings, lengths, "flops")
-    with _machine("auto", "cpu", 0, out):
+    with set_up("auto", "cpu", 0, out):
         steps.flops(model_directory(model), steps.read_masks(masks) if masks else None, settings, out)
     OUT.print(flops_table(read_json(out / "flops.json")))
-    _say(f"per layer: {out / 'flops.json'}")
+    say(f"per layer: {out / 'flops.json'}")
 
 
 @app.command()
@@ -290,57 +302,7 @@ def report(directory: Annotated[Path, typer.Argument(help="a run directory", sho
     """Write a run's report.html and model card anew."""
     from phoenix_sparse.report import build_report
 
-    _say(f"report: {build_report(directory)}")
-
-
-def _task(name: str, data: Path | None, seed: int, **more: Any) -> Any:
-    from phoenix_sparse.pipeline import open_task
-    from phoenix_sparse.recipe import check
-    from phoenix_sparse.tasks import TaskSettings
-
-    return open_task(check(TaskSettings, {"name": name, "data": data} | more, "task"), seed=seed)
-
-
-@contextmanager
-def _machine(dtype: str, device: str, seed: int, out: Path | None) -> Iterator[Any]:
-    """Check the options that commands share, and show progress for the block."""
-    from phoenix_sparse import steps
-    from phoenix_sparse.console import showing
-    from phoenix_sparse.recipe import check
-
-    options = check(steps.Common, {"dtype": dtype, "device": device, "seed": seed}, "options")
-    if out is not None:
-        _require_writable(out)
-    steps.be_deterministic()
-    with showing() as show:
-        yield steps.Machine(options.dtype, options.device, options.seed, show.progress)
-
-
-def _require_writable(out: Path) -> None:
-    """Refuse a place that can't be written to before the work is done, not after it. Makes nothing."""
-    here = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not here.is_dir():
-        raise PhoenixError(f"--out: {here} is not a directory")
-    if not os.access(here, os.W_OK | os.X_OK):
-        raise PhoenixError(f"--out: {here} can't be written to; give another directory")
-
-
-@contextmanager
-def _work(out: Path, files: list[Path | None], settings: list[Any]) -> Iterator[Path]:
-    """A place for checkpoints, which stays if the block is killed. It is named after the step's inputs, so that a
-    step goes on from its own checkpoints only and never from those of other settings or files."""
-    from phoenix_sparse.files import sha256
-
-    key = repr([sha256(file) if file else None for file in files] + settings)
-    yield out / ".work" / hashlib.sha256(key.encode()).hexdigest()[:16]
-    shutil.rmtree(out / ".work", ignore_errors=True)
-
-
-def _say(*lines: str) -> None:
-    from phoenix_sparse.console import OUT
-
-    for line in lines:
-        OUT.print(line, markup=False)
+    say(f"report: {build_report(directory)}")
 
 
 def main() -> None:

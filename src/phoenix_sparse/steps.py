@@ -165,6 +165,7 @@ def search(
         load_adapter,
         save_adapter,
         set_ranks,
+        written_out,
     )
 
     require_validation(task)
@@ -175,15 +176,16 @@ def search(
 
     def score(ranks: searching.Ranks) -> searching.Score:
         set_ranks(model, ranks)
-        results = harness.evaluate(
-            model,
-            tokenizer,
-            task,
-            split="validation",
-            batch_size=evaluate.batch_size,
-            limit=examples,
-            seed=machine.seed,
-        )["phoenix"]
+        with written_out(model):
+            results = harness.evaluate(
+                model,
+                tokenizer,
+                task,
+                split="validation",
+                batch_size=evaluate.batch_size,
+                limit=examples,
+                seed=machine.seed,
+            )["phoenix"]
         return searching.Score(results["accuracy"], results["stderr"])
 
     record = searching.search(
@@ -252,17 +254,22 @@ def merge_dense(source: Path, adapter: Path, out: Path, machine: Machine) -> Non
     save_model(merging.merge(load_adapter(machine.load(source), adapter, None)), load_tokenizer(source), out)
 
 
-def evaluate(source: Path, task: Task, settings: EvaluateSettings, out: Path, machine: Machine) -> list[str]:
-    """Score a model on the task's test split. Writes eval.json, and perplexity.json where a text is given."""
+def evaluate(source: Path, task: Task | None, settings: EvaluateSettings, out: Path, machine: Machine) -> list[str]:
+    """Score a model on a task's test split and on a text, where they are given. Writes eval.json, perplexity.json."""
     from phoenix_sparse.evaluation import harness
 
     model, tokenizer = machine.load(source), load_tokenizer(source)
-    results = harness.evaluate(model, tokenizer, task, split="test", batch_size=settings.batch_size, seed=machine.seed)
-    write_json(out / "eval.json", results)
-    if settings.perplexity is None:
-        return ["eval.json"]
-    write_json(out / "perplexity.json", measure_perplexity(model, tokenizer, settings.perplexity))
-    return ["eval.json", "perplexity.json"]
+    written = []
+    if task is not None:
+        results = harness.evaluate(
+            model, tokenizer, task, split="test", batch_size=settings.batch_size, seed=machine.seed
+        )
+        write_json(out / "eval.json", results)
+        written.append("eval.json")
+    if settings.perplexity is not None:
+        write_json(out / "perplexity.json", measure_perplexity(model, tokenizer, settings.perplexity))
+        written.append("perplexity.json")
+    return written
 
 
 def measure_perplexity(model: Any, tokenizer: Any, settings: PerplexitySettings) -> dict[str, Any]:

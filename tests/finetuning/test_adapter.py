@@ -12,6 +12,7 @@ from phoenix_sparse.finetuning.adapter import (
     load_adapter,
     save_adapter,
     set_ranks,
+    written_out,
 )
 from phoenix_sparse.finetuning.elastic import draw, uniform
 from phoenix_sparse.models import prunable_linears
@@ -103,6 +104,20 @@ def test_damaged_adapters_are_one_line(tmp_path):
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj"]}))
     with pytest.raises(PhoenixError, match="does not fit|can't be loaded"):
         load_adapter(pruned()[0], tmp_path / "a", masks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_written_out_weights_change_nothing(dtype):
+    adapter, _ = adapted()
+    adapter.get_base_model().to(dtype)
+    names = list(elastic_layers(adapter))
+    for step in range(2):
+        set_ranks(adapter, draw(names, (4, 3, 1), 0, step))
+        before = logits(adapter)
+        with written_out(adapter):
+            assert torch.equal(logits(adapter), before)
+            assert all(layer.written_out is not None for layer in elastic_layers(adapter).values())
+        assert all(layer.written_out is None for layer in elastic_layers(adapter).values())
 
 
 def test_targets_and_ranks_are_checked():

@@ -1,0 +1,66 @@
+"""What the commands on files share: opening a task, checking the common options, a place for checkpoints."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from phoenix_sparse.errors import PhoenixError
+
+
+def named_task(name: str, data: Path | None, seed: int, **more: Any) -> Any:
+    """Load the task that --task and --data say."""
+    from phoenix_sparse.pipeline import open_task
+    from phoenix_sparse.recipe import check
+    from phoenix_sparse.tasks import TaskSettings
+
+    return open_task(check(TaskSettings, {"name": name, "data": data} | more, "task"), seed=seed)
+
+
+@contextmanager
+def set_up(dtype: str, device: str, seed: int, out: Path | None) -> Iterator[Any]:
+    """Check the options that commands share, and show progress for the block."""
+    from phoenix_sparse import steps
+    from phoenix_sparse.console import showing
+    from phoenix_sparse.recipe import check
+
+    options = check(steps.Common, {"dtype": dtype, "device": device, "seed": seed}, "options")
+    if out is not None:
+        _require_writable(out)
+    steps.be_deterministic()
+    with showing() as show:
+        yield steps.Machine(options.dtype, options.device, options.seed, show.progress)
+
+
+def _require_writable(out: Path) -> None:
+    """Refuse a place that can't be written to before the work is done, not after it. Makes nothing."""
+    here = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not here.is_dir():
+        raise PhoenixError(f"--out: {here} is not a directory")
+    if not os.access(here, os.W_OK | os.X_OK):
+        raise PhoenixError(f"--out: {here} can't be written to; give another directory")
+
+
+@contextmanager
+def workplace(out: Path, files: list[Path | None], settings: list[Any]) -> Iterator[Path]:
+    """A place for checkpoints, which stays if the block is killed.
+
+    It is named after the step's inputs, so that a step goes on from its own checkpoints only, never from those of
+    other settings or files.
+    """
+    from phoenix_sparse.files import sha256
+
+    key = repr([sha256(file) if file else None for file in files] + settings)
+    yield out / ".work" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    shutil.rmtree(out / ".work", ignore_errors=True)
+
+
+def say(*lines: str) -> None:
+    """Print lines as they are."""
+    from phoenix_sparse.console import OUT
+
+    for line in lines:
+        OUT.print(line, markup=False)
