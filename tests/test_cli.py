@@ -255,7 +255,7 @@ BAD = {
     "no such device": ("prune {model} --task {task} --device tpu", "device='tpu' should be 'auto', 'cpu' or 'cuda'"),
     "nothing to evaluate on": (
         "eval {model} --task {task} --limit 0",
-        "max_test=0 should be greater than or equal to 1",
+        "--limit is 0; it should be 1 or more",
     ),
     "no tokens": ("flops {model} --prompt-length 0", "prompt_length=0 should be greater than or equal to 1"),
     "too short a text": (

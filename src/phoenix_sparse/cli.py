@@ -236,7 +236,7 @@ def evaluate(
     out: Out,
     task: Annotated[str | None, typer.Option(help="a built-in task or a folder with task.yaml: accuracy")] = None,
     data: Data = None,
-    limit: Annotated[int | None, typer.Option(help="evaluate on the first examples only", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="evaluate on the first examples only")] = None,
     text: Annotated[Path | None, typer.Option(help="a text file (UTF-8): perplexity")] = None,
     context_length: Annotated[int, typer.Option(help="tokens in a window of the text")] = 512,
     max_tokens: Annotated[int | None, typer.Option(help="read no more of the text than this")] = None,
@@ -254,6 +254,8 @@ def evaluate(
 
     if task is None and text is None:
         raise PhoenixError("eval: nothing to evaluate on; give --task, or --text, or both")
+    if limit is not None and limit < 1:
+        raise PhoenixError(f"eval: --limit is {limit}; it should be 1 or more")
     window = {"text": text, "context_length": context_length, "max_tokens": max_tokens} if text else None
     settings = check(EvaluateSettings, {"batch_size": batch_size, "perplexity": window}, "eval")
     with set_up(dtype, device, seed, out) as machine:
