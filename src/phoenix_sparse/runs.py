@@ -61,19 +61,20 @@ class Run:
             shutil.rmtree(self.work(name), ignore_errors=True)
         self._redo = True
         self._announce(name, "started")
-        self.manifest["stages"][name] = {"status": "running"}
+        begun = {"begun": datetime.now(UTC).isoformat(timespec="milliseconds")}
+        self.manifest["stages"][name] = {"status": "running"} | begun
         self._save()
         started = time.perf_counter()
         try:
             outputs = list(action())
         except BaseException:
-            self.manifest["stages"][name] = {"status": "failed", "seconds": time.perf_counter() - started}
+            self.manifest["stages"][name] = {"status": "failed", "seconds": time.perf_counter() - started} | begun
             with contextlib.suppress(PhoenixError):  # a full disk must not hide the error that comes up here
                 self._save()
             raise
         seconds = time.perf_counter() - started
         hashes = {output: sha256(self.path(output)) for output in outputs}
-        self.manifest["stages"][name] = {"status": "done", "seconds": seconds, "outputs": hashes}
+        self.manifest["stages"][name] = {"status": "done", "seconds": seconds, "outputs": hashes} | begun
         self._save()
         shutil.rmtree(self.work(name), ignore_errors=True)
         self._announce(name, f"{seconds:.1f} s")

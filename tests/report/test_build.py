@@ -297,3 +297,12 @@ def test_not_a_run_directory(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(PhoenixError, match="give a run directory"):
             build_report(place)
+
+
+def test_stages_stand_in_the_order_in_which_they_began(files: dict[str, Any], write_run: Write) -> None:
+    files["manifest.json"]["stages"] = {
+        "alast": {"status": "done", "seconds": 1.0, "begun": "2026-11-21T10:00:02.000+00:00"},
+        "zfirst": {"status": "done", "seconds": 1.0, "begun": "2026-11-21T10:00:01.000+00:00"},
+    }
+    text = read(build_report(write_run(files))).text
+    assert text.index("zfirst") < text.index("alast")

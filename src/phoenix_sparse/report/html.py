@@ -69,7 +69,11 @@ def context(facts: Facts) -> dict[str, Any]:
         "base": _shown(model.path) if model else None,
         "settings": list(text.flatten(facts.recipe)) if facts.recipe is not None else None,
         # The report is written while its own stage runs.
-        "stages": {name: stage for name, stage in facts.manifest.stages.items() if name != "report"},
+        "stages": {
+            name: stage
+            for name, stage in sorted(facts.manifest.stages.items(), key=lambda item: item[1].begun)
+            if name != "report"
+        },
         "missing": text.MISSING,
         "use": USE,
         "reproduce": REPRODUCE,

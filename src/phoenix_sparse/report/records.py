@@ -12,6 +12,7 @@ class Record(BaseModel):
 class Stage(Record):
     status: str
     seconds: float | None = None
+    begun: str = ""
 
 
 class Host(Record):
