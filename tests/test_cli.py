@@ -334,7 +334,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half(
     code, _, errors = phx(*commands[step])
     assert code == 2
     assert [line for line in errors if line.startswith("phx: ")] == errors[-1:]
-    assert "the disk is full; free some space, then run again" in errors[-1]
+    assert "the disk is full; free some space, then run the same again" in errors[-1]
     assert "Traceback" not in "".join(errors)
     left = list(out.rglob("*"))
     assert not [path for path in left if path.suffix == ".tmp"]

@@ -10,6 +10,7 @@ from phoenix_sparse.models import (
     decoder_blocks,
     find_device,
     find_model,
+    fit_tokenizer,
     load_model,
     load_tokenizer,
     prunable_linears,
@@ -98,3 +99,41 @@ def test_auto_keeps_the_stored_dtype(tmp_path, model_directory, stored, loaded):
 def test_no_gpu_is_one_line():
     with pytest.raises(PhoenixError, match="torch sees no GPU"):
         find_device("cuda")
+
+
+def edited(tmp_path, model_directory, **changes):
+    copy = shutil.copytree(model_directory, tmp_path / "m")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | changes))
+    return copy
+
+
+def test_a_configuration_of_fewer_blocks_is_refused(tmp_path, model_directory):
+    with pytest.raises(PhoenixError, match=r"no place for 9 weights of the file, model\.layers\.1"):
+        load_model(edited(tmp_path, model_directory, num_hidden_layers=1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantized"),
+        ({"auto_map": {"AutoConfig": "code.Config"}, "model_type": "own"}, "not a model configuration"),
+        ({"num_attention_heads": 0}, "config.json|can't be loaded"),
+        ({"hidden_size": "x"}, "not a model configuration"),
+        ({"pad_token_id": 10**6}, "config.json|can't be loaded"),
+    ],
+)
+def test_configurations_that_are_none_are_one_line(tmp_path, model_directory, changes, words):
+    with pytest.raises(PhoenixError, match=words):
+        load_model(edited(tmp_path, model_directory, **changes))
+
+
+def test_a_tokenizer_pads_with_a_token_that_the_model_knows(llama, model_directory):
+    tokenizer = load_tokenizer(model_directory)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    assert tokenizer.pad_token_id == 257
+    fit_tokenizer(llama, tokenizer, "here")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 256
+    llama.resize_token_embeddings(200)
+    with pytest.raises(PhoenixError, match="end token is number 256 and the model has embeddings for 200"):
+        fit_tokenizer(llama, tokenizer, "here")

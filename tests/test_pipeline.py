@@ -348,7 +348,8 @@ def test_what_is_missing_is_told_before_anything_is_written(tmp_path, model_dire
         (["task.validation=0"], "no examples to validate with; set task.validation above 0"),
         (["task.num_fewshot=71"], "task.num_fewshot=71 is more than the 70 training examples"),
         (["finetune.targets=[w_proj]"], "finetune.targets: no linear is called w_proj; there are down_proj, gate_proj"),
-        (["evaluate.perplexity={text: nowhere.txt}"], r"nowhere\.txt: No such file"),
+        (["evaluate.perplexity={text: a.txt, context_length: 1000}"], "the model's whole context is 256"),
+        (["evaluate.perplexity={text: nowhere.txt, context_length: 64}"], r"nowhere\.txt: No such file"),
     ):
         values = override(recipe.model_dump(mode="json"), changes)
         with pytest.raises(PhoenixError, match=words):

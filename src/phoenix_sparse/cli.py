@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from phoenix_sparse.commands import named_task, say, set_up, workplace
+from phoenix_sparse.commands import named_task, refuse_existing, say, set_up, workplace
 from phoenix_sparse.errors import PhoenixError
 
 app = typer.Typer(
@@ -52,11 +52,17 @@ def run(
     from phoenix_sparse.recipe import load_recipe
     from phoenix_sparse.report import summary_table
 
+    if resume and overwrite:
+        raise PhoenixError("run: --resume goes on with a run and --overwrite removes it; give one of them")
     checked = load_recipe(recipe, overrides or ())
-    with showing() as show:
-        directory = pipeline.run(
-            checked, out, resume=resume, overwrite=overwrite, progress=show.progress, announce=show.announce
-        )
+    try:
+        with showing() as show:
+            directory = pipeline.run(
+                checked, out, resume=resume, overwrite=overwrite, progress=show.progress, announce=show.announce
+            )
+    except KeyboardInterrupt:
+        typer.echo("phx: interrupted; go on with the same command and --resume", err=True)
+        raise typer.Exit(130) from None
     OUT.print(summary_table(directory))
     OUT.print(f"report: {directory / 'report.html'}", markup=False)
     OUT.print(f"model:  {directory / 'merged'}", markup=False)
@@ -66,15 +72,14 @@ def run(
 def plan(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Say what a recipe would run, with memory, disk and time, and run nothing."""
     from phoenix_sparse.console import OUT, showing
-    from phoenix_sparse.pipeline import model_directory, open_task
+    from phoenix_sparse.pipeline import prepare
     from phoenix_sparse.plan import estimate
     from phoenix_sparse.recipe import dump_recipe, load_recipe
     from phoenix_sparse.report import plan_table
 
     checked = load_recipe(recipe, overrides or ())
     with showing():
-        task = open_task(checked.task, seed=checked.seed)
-        figures = estimate(checked, model_directory(checked.model), task)
+        figures = estimate(checked, *prepare(checked))
     OUT.print(dump_recipe(checked), markup=False)
     OUT.print(plan_table(figures))
 
@@ -105,6 +110,7 @@ def prune(
         raise PhoenixError(
             "prune: wanda needs text to calibrate on; give --task, or calibration.source=text and a file"
         )
+    refuse_existing(out / "masks.safetensors")
     with set_up(dtype, device, seed, out) as machine:
         examples = named_task(task, data, seed) if task else None
         steps.sparsify(model_directory(model), examples, chosen, out, machine)
@@ -133,6 +139,7 @@ def tune(
     chosen = check(FinetuneSettings, override({}, settings or ()), "tune")
     if chosen.mode == "sparse_to_sparse" and masks is None:
         raise PhoenixError("tune: mode=sparse_to_sparse trains through masks; give --masks, or mode=sparse_to_dense")
+    refuse_existing(out / "adapter" / "super")
     with set_up(dtype, device, seed, out) as machine:
         masks = masks if chosen.mode == "sparse_to_sparse" else None
         through = steps.read_masks(masks) if masks else None
@@ -168,6 +175,7 @@ def search(
 
     chosen = check(SearchSettings, override({}, settings or ()), "search")
     evaluation = check(EvaluateSettings, {"batch_size": batch_size}, "search")
+    refuse_existing(out / "adapter" / "chosen")
     with set_up(dtype, device, seed, out) as machine:
         through = steps.read_masks(masks) if masks else None
         source, examples = find_model(model), named_task(task, data, seed)
@@ -194,14 +202,22 @@ def merge(
 ) -> None:
     """Step 3: merge an adapter and certify the result. Writes merged/ and certificate.json."""
     from phoenix_sparse import steps
+    from phoenix_sparse.files import read_json
     from phoenix_sparse.models import find_model
 
+    refuse_existing(out / "merged")
     with set_up(dtype, device, seed, out) as machine:
         texts = steps.SAMPLE_TEXTS
         if task is not None:
             texts = [example.prompt + example.completion for example in named_task(task, data, seed).train[:8]]
         steps.merge(find_model(model), steps.read_masks(masks), adapter, out, machine, remask=remask, texts=texts)
-    say(f"model: {out / 'merged'}", f"certificate: {out / 'certificate.json'}")
+    found = read_json(out / "certificate.json")
+    say(
+        f"{found['off_mask_nonzeros']} non-zeros off the mask, sparsity {found['sparsity']:.4%}, "
+        f"largest difference of a logit {found['max_abs_logit_difference']:.3g}",
+        f"model: {out / 'merged'}",
+        f"certificate: {out / 'certificate.json'}",
+    )
 
 
 @app.command()
@@ -316,9 +332,16 @@ def main() -> None:
     except Exception as error:
         from phoenix_sparse.files import disk_is_full
 
-        if not disk_is_full(error):
+        if disk_is_full(error):
+            message = "the disk is full; free some space, then run the same again (phx run: with --resume)"
+        elif type(error).__name__ == "OutOfMemoryError":  # torch's, which isn't imported for its name alone
+            message = (
+                "the GPU's memory is full; lower finetune.micro_batch_size or evaluate.batch_size, "
+                "or set finetune.gradient_checkpointing=true"
+            )
+        else:
             raise
-        _fail("the disk is full; free some space, then run again with --resume", PhoenixError.exit_code)
+        _fail(message, PhoenixError.exit_code)
 
 
 def _fail(message: str, code: int) -> None:

@@ -44,6 +44,12 @@ def _require_writable(out: Path) -> None:
         raise PhoenixError(f"--out: {here} can't be written to; give another directory")
 
 
+def refuse_existing(path: Path) -> None:
+    """Refuse to write over what an earlier step made: an adapter or a model may hang on it."""
+    if path.exists():
+        raise PhoenixError(f"--out: {path} exists already; give another directory, or remove it")
+
+
 @contextmanager
 def workplace(out: Path, files: list[Path | None], settings: list[Any]) -> Iterator[Path]:
     """A place for checkpoints, which stays if the block is killed.

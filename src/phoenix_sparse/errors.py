@@ -7,6 +7,12 @@ class PhoenixError(Exception):
     exit_code = 2
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message, short enough to stand in ours."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
 class CheckFailed(PhoenixError):
     """A check on a model or a mask did not hold."""
 

@@ -1,7 +1,8 @@
 """The ground floor: atomic writes, hashes, checked reads.
 
 Everything is written under a temporary name beside its target, flushed to the disk and renamed, so that a kill
-or a full disk leaves either the old file or the new one, never a half.
+or a full disk leaves the old file or the new one, never a half. (A directory that replaces another takes two renames:
+a kill just between them leaves neither, and the step is done again.)
 """
 
 import contextlib
@@ -38,7 +39,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
         raise _readable(error, target) from error
     except BaseException as error:
         if disk_is_full(error):
-            raise PhoenixError(f"{target}: the disk is full; free some space, then run again with --resume") from error
+            raise PhoenixError(f"{target}: the disk is full; free some space, then run the same again") from error
         raise
     finally:
         _remove(temporary)
@@ -64,7 +65,7 @@ def read_json(path: Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise _readable(error, path) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise PhoenixError(f"{path}: not a JSON file ({error})") from error
 
 
@@ -103,7 +104,7 @@ def disk_is_full(error: BaseException) -> bool:
 
 def _readable(error: OSError, path: Path) -> PhoenixError:
     if disk_is_full(error):
-        return PhoenixError(f"{path}: the disk is full; free some space, then run again with --resume")
+        return PhoenixError(f"{path}: the disk is full; free some space, then run the same again")
     return PhoenixError(f"{path}: {error.strerror or error}")
 
 

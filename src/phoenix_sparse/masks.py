@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from phoenix_sparse.errors import CheckFailed, PhoenixError
+from phoenix_sparse.errors import CheckFailed, PhoenixError, first_line
 from phoenix_sparse.files import atomic_path
 
 Masks = Mapping[str, Tensor]
@@ -70,7 +70,7 @@ def load_mask(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 raise PhoenixError(f"masks: {path} is damaged: its header and its tensors name different layers")
             masks = {name: _unpack(file.get_tensor(name), shapes[name], f"{path}: {name}") for name in sorted(shapes)}
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        raise PhoenixError(f"masks: {path} is damaged or truncated ({str(error).splitlines()[0]})") from error
+        raise PhoenixError(f"masks: {path} is damaged or truncated ({first_line(error)})") from error
     if masks_sha256(masks) != header.get("sha256"):
         raise PhoenixError(f"masks: {path} is damaged: its content does not match its checksum")
     return masks, metadata

@@ -6,10 +6,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.errors import PhoenixError, first_line
 from phoenix_sparse.files import atomic_path
 from phoenix_sparse.settings import Device, Dtype
 
+# What reading somebody else's files through somebody else's code may raise.
+LIBRARY_ERRORS = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
+    *(AssertionError, ImportError, RuntimeError),
+)
+FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+OTHER_COPIES = ["consolidated*", "*/*", "*.fp16.*"]  # of the same weights, in some repositories
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -36,10 +43,10 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=FILES, ignore_patterns=OTHER_COPIES))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise PhoenixError(
-            f"model: {name} is neither a local directory nor to be had from the hub ({_line(error)})"
+            f"model: {name} is neither a local directory nor to be had from the hub ({first_line(error)})"
         ) from error
 
 
@@ -56,9 +63,12 @@ def load_config(directory: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise PhoenixError(f"{directory}/config.json: not a model configuration ({_line(error)})") from error
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (*LIBRARY_ERRORS, StrictDataclassError) as error:
+        raise PhoenixError(f"{directory}/config.json: not a model configuration ({first_line(error)})") from error
+    if getattr(config, "quantization_config", None):
+        raise PhoenixError(f"{directory}: the model is quantized (quantization_config); give the unquantized model")
+    return config
 
 
 def empty_model(config: Any) -> Any:
@@ -67,18 +77,18 @@ def empty_model(config: Any) -> Any:
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except LIBRARY_ERRORS as error:
         raise PhoenixError(
-            f"model: no causal language model can be built from its config.json ({_line(error)})"
+            f"model: no causal language model can be built from its config.json ({first_line(error)})"
         ) from error
 
 
 def load_model(directory: Path, dtype: Dtype = "auto", device: Device = "auto") -> Any:
     """Load a causal language model for computing with, in one dtype.
 
-    `auto` keeps the dtype that the weights are stored in, except float16, which can't hold the gradients of
-    training: it becomes bfloat16 on a GPU and float32 on a CPU.
+    `auto` takes the dtype that config.json names (float32 where it names none), except float16, which can't hold the
+    gradients of training: it becomes bfloat16 on a GPU and float32 on a CPU.
 
     Raises:
         PhoenixError: a file is damaged, weights are missing or of the wrong shape, or a weight is not finite.
@@ -94,10 +104,11 @@ def load_model(directory: Path, dtype: Dtype = "auto", device: Device = "auto") 
             config=config,
             dtype=_choose_dtype(config, dtype, place),
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise PhoenixError(f"{directory}: the weights can't be loaded ({_line(error)})") from error
+    except (*LIBRARY_ERRORS, SafetensorError) as error:
+        raise PhoenixError(f"{directory}: the weights can't be loaded ({first_line(error)})") from error
     model, info = loaded
     for kind in ("missing_keys", "mismatched_keys"):
         if info.get(kind):
@@ -105,8 +116,20 @@ def load_model(directory: Path, dtype: Dtype = "auto", device: Device = "auto") 
             raise PhoenixError(
                 f"{directory}: {len(info[kind])} {kind.replace('_', ' ')}, {name} first; the file is not whole"
             )
+    beyond = [key for key in info.get("unexpected_keys", ()) if _is_block_weight(key, model)]
+    if beyond:
+        raise PhoenixError(
+            f"{directory}: config.json has no place for {len(beyond)} weights of the file, {min(beyond)} first; "
+            "is it this model's configuration?"
+        )
     check_finite(model, directory)
     return model.to(place).eval()
+
+
+def _is_block_weight(key: str, model: nn.Module) -> bool:
+    """Whether a name is that of a decoder block's weight (old files also hold buffers that nobody needs)."""
+    blocks = next(iter(decoder_blocks(model))).rsplit(".", 1)[0]
+    return key.startswith(f"{blocks}.") and key.endswith(".weight")
 
 
 def _choose_dtype(config: Any, dtype: Dtype, device: torch.device) -> torch.dtype:
@@ -131,14 +154,29 @@ def load_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
-        raise PhoenixError(f"{directory}: the tokenizer can't be loaded ({_line(error)})") from error
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except LIBRARY_ERRORS as error:
+        raise PhoenixError(f"{directory}: the tokenizer can't be loaded ({first_line(error)})") from error
     if tokenizer.eos_token_id is None:
         raise PhoenixError(f"{directory}: the tokenizer has no end-of-text token, which completions need")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def fit_tokenizer(model: Any, tokenizer: Any, where: Path | str) -> None:
+    """Make a tokenizer pad with a token that the model has an embedding for; its end token needs one in any case.
+
+    Padding tokens are often added to a tokenizer alone. They are masked everywhere, so the end token does as well.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.eos_token_id >= rows:
+        raise PhoenixError(
+            f"{where}: the tokenizer's end token is number {tokenizer.eos_token_id} and the model has embeddings for "
+            f"{rows} tokens; is it this model's tokenizer?"
+        )
+    if tokenizer.pad_token_id >= rows:
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
@@ -183,9 +221,3 @@ def prunable_linears(model: nn.Module) -> dict[str, nn.Linear]:
             f"{type(model).__name__} has no nn.Linear inside its decoder blocks; nothing could be pruned"
         )
     return found
-
-
-def _line(error: BaseException) -> str:
-    """The first line of a library's message, short enough to stand in ours."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text if len(text) <= 200 else text[:197] + "..."

@@ -41,15 +41,7 @@ def run(
     Raises:
         PhoenixError: for everything that is wrong with the input.
     """
-    if recipe.deterministic:
-        steps.be_deterministic()
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
-    find_device(recipe.device)
-    model = model_directory(recipe.model)
-    task = open_task(recipe.task, seed=recipe.seed)
-    steps.require_validation(task)
-    steps.require_targets(model, recipe.finetune.targets)
+    model, task = prepare(recipe)
     texts = _texts(recipe)
     machine = Machine(recipe.dtype, recipe.device, recipe.seed, progress)
     with open_run(
@@ -76,6 +68,21 @@ def run(
         this.stage("flops", lambda: _flops(this, recipe))
         this.stage("report", lambda: _report(this))
     return this.directory
+
+
+def prepare(recipe: Recipe) -> tuple[Path, Task]:
+    """Find the model, read the task, and check whatever can be checked before the work begins."""
+    if recipe.deterministic:
+        steps.be_deterministic()
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    find_device(recipe.device)
+    model = model_directory(recipe.model)
+    task = open_task(recipe.task, seed=recipe.seed)
+    steps.require_validation(task)
+    steps.require_targets(model, recipe.finetune.targets)
+    steps.require_room(model, task, recipe.evaluate.perplexity)
+    return model, task
 
 
 def model_directory(name: str) -> Path:

@@ -26,12 +26,11 @@ def estimate(recipe: Recipe, directory: Path, task: Task) -> dict[str, Any]:
     isn't counted, which makes small models slower than that, and neither is evaluation.
 
     Returns:
-        `model`, `task`, `training`, `evaluation`, `memory_bytes`, `disk_bytes` and `seconds`, each a mapping of names
+        `model`, `task`, `training`, `evaluation`, `memory_bytes` (of training), `search_bytes` (memory of the
+        search), `disk_bytes` and `seconds`, each a mapping of names
         to figures.
     """
     config, device = load_config(directory), find_device(recipe.device)
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
     model = empty_model(config)
     width = _width(config, recipe, device)
     layers = prunable_linears(model)
@@ -87,9 +86,12 @@ def estimate(recipe: Recipe, directory: Path, task: Task) -> dict[str, Any]:
         },
         "evaluation": {
             "models on the test split": 1 + len(recipe.evaluate.baselines),
-            "sub-adapters on the validation split": 1 + 2 * search.bounds + search.hill_climb + search.nsga2,
+            "sub-adapters on the validation split": 1
+            if len(recipe.finetune.ranks) == 1
+            else 1 + 2 * search.bounds + search.hill_climb + search.nsga2,
         },
         "memory_bytes": memory,
+        "search_bytes": {"weights, masks, weights written out": weights + prunable + width * prunable},
         "disk_bytes": disk,
         "seconds": {"training, at that rate": trainings * steps * step["total"] / rate},
     }

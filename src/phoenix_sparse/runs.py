@@ -67,8 +67,9 @@ class Run:
         started = time.perf_counter()
         try:
             outputs = list(action())
-        except BaseException:
-            self.manifest["stages"][name] = {"status": "failed", "seconds": time.perf_counter() - started} | begun
+        except BaseException as error:
+            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            self.manifest["stages"][name] = {"status": status, "seconds": time.perf_counter() - started} | begun
             with contextlib.suppress(PhoenixError):  # a full disk must not hide the error that comes up here
                 self._save()
             raise

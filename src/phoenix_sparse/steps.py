@@ -12,7 +12,15 @@ from phoenix_sparse.evaluation.settings import EvaluateSettings, PerplexitySetti
 from phoenix_sparse.files import write_json
 from phoenix_sparse.finetuning.settings import FinetuneSettings, SearchSettings
 from phoenix_sparse.masks import Masks, compute_sparsity_stats, load_mask, plot_sparsity_histogram, save_mask
-from phoenix_sparse.models import empty_model, load_config, load_model, load_tokenizer, prunable_linears, save_model
+from phoenix_sparse.models import (
+    empty_model,
+    fit_tokenizer,
+    load_config,
+    load_model,
+    load_tokenizer,
+    prunable_linears,
+    save_model,
+)
 from phoenix_sparse.progress import Progress
 from phoenix_sparse.pruning.settings import SparsifySettings
 from phoenix_sparse.settings import Device, Dtype, Settings
@@ -31,7 +39,7 @@ class Common(Settings):
 
     dtype: Dtype = "auto"
     device: Device = "auto"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,12 @@ class Machine:
 
     def load(self, directory: Path) -> Any:
         return load_model(directory, self.dtype, self.device)
+
+    def open(self, directory: Path) -> tuple[Any, Any]:
+        """A model with its tokenizer."""
+        model, tokenizer = self.load(directory), load_tokenizer(directory)
+        fit_tokenizer(model, tokenizer, directory)
+        return model, tokenizer
 
 
 def be_deterministic() -> None:
@@ -65,7 +79,7 @@ def sparsify(source: Path, task: Task | None, settings: SparsifySettings, out: P
     from phoenix_sparse.pruning.calibration import calibration_tokens
     from phoenix_sparse.pruning.sequential import prune
 
-    model, tokenizer = machine.load(source), load_tokenizer(source)
+    model, tokenizer = machine.open(source)
     tokens = None
     if settings.importance == "wanda":
         examples = [example.prompt + example.completion for example in task.train] if task else []
@@ -104,7 +118,7 @@ def tune(
     from phoenix_sparse.finetuning.examples import tokenize
     from phoenix_sparse.finetuning.trainer import train
 
-    model, tokenizer = machine.load(source), load_tokenizer(source)
+    model, tokenizer = machine.open(source)
     adapted = add_adapter(
         model,
         rank=settings.ranks[0],
@@ -134,6 +148,18 @@ def require_validation(task: Task) -> None:
     """Refuse a task by whose examples no sub-adapter could be chosen, before hours of work lead up to that."""
     if not task.validation:
         raise PhoenixError(f"task {task.name}: no examples to validate with; set task.validation above 0")
+
+
+def require_room(source: Path, task: Task, perplexity: PerplexitySettings | None) -> None:
+    """Refuse generated texts and windows that are longer than the model's context."""
+    from phoenix_sparse.evaluation.harness import check_room
+
+    context = _longest(source)
+    check_room(task.harness_task("validation", 1), context)
+    if perplexity is not None and perplexity.context_length > context:
+        raise PhoenixError(
+            f"evaluate.perplexity.context_length is {perplexity.context_length}; the model's whole context is {context}"
+        )
 
 
 def require_targets(source: Path, targets: tuple[str, ...] | None) -> None:
@@ -169,8 +195,8 @@ def search(
     )
 
     require_validation(task)
-    tokenizer = load_tokenizer(source)
-    model = load_adapter(machine.load(source), adapter, masks)
+    base, tokenizer = machine.open(source)
+    model = load_adapter(base, adapter, masks)
     layers = elastic_layers(model)
     examples = min(settings.examples, len(task.validation))
 
@@ -224,12 +250,13 @@ def merge(
     from phoenix_sparse.finetuning.adapter import is_masked, load_adapter
     from phoenix_sparse.masks import require_preserved
 
-    tokenizer = load_tokenizer(source)
+    base, tokenizer = machine.open(source)
     masked = is_masked(adapter)
     rows = [tokenizer(text).input_ids[: _longest(source)] for text in texts]
-    adapted = load_adapter(machine.load(source), adapter, masks if masked else None)
+    adapted = load_adapter(base, adapter, masks if masked else None)
     before = merging.sample_logits(adapted, rows, tokenizer.pad_token_id)
     save_model(merging.merge(adapted, remask=masks if remask else None), tokenizer, out / "merged")
+    del adapted, base  # two whole models at once would be the largest need of the run
     merged = machine.load(out / "merged")
     if masked or remask:
         require_preserved(masks, prunable_linears(merged), str(out / "merged"))
@@ -251,14 +278,15 @@ def merge_dense(source: Path, adapter: Path, out: Path, machine: Machine) -> Non
     from phoenix_sparse import merging
     from phoenix_sparse.finetuning.adapter import load_adapter
 
-    save_model(merging.merge(load_adapter(machine.load(source), adapter, None)), load_tokenizer(source), out)
+    base, tokenizer = machine.open(source)
+    save_model(merging.merge(load_adapter(base, adapter, None)), tokenizer, out)
 
 
 def evaluate(source: Path, task: Task | None, settings: EvaluateSettings, out: Path, machine: Machine) -> list[str]:
     """Score a model on a task's test split and on a text, where they are given. Writes eval.json, perplexity.json."""
     from phoenix_sparse.evaluation import harness
 
-    model, tokenizer = machine.load(source), load_tokenizer(source)
+    model, tokenizer = machine.open(source)
     written = []
     if task is not None:
         results = harness.evaluate(

@@ -91,6 +91,15 @@ def test_other_masks_are_refused(tmp_path):
         load_adapter(pruned()[0], tmp_path / "a", None)
 
 
+@pytest.mark.parametrize("record", [{}, [], {"masked": None}, {"masked": True}, {"masked": False, "space": 5}])
+def test_a_record_that_says_nothing_is_no_dense_adapter(tmp_path, record):
+    adapter, masks = adapted()
+    save_adapter(adapter, tmp_path / "a", masks)
+    (tmp_path / "a" / "phoenix.json").write_text(json.dumps(record))
+    with pytest.raises(PhoenixError, match=r"phoenix.json (does not say|has no)"):
+        load_adapter(pruned()[0], tmp_path / "a", masks)
+
+
 def test_damaged_adapters_are_one_line(tmp_path):
     adapter, masks = adapted()
     save_adapter(adapter, tmp_path / "a", masks)

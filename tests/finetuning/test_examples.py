@@ -24,11 +24,10 @@ def test_the_loss_is_on_the_completion_and_its_end(tokenizer, prompt, completion
 @given(text, text, st.integers(8, 40))
 def test_a_long_prompt_loses_its_beginning(tokenizer, prompt, completion, limit):
     rows = tokenize([example(prompt, completion)], tokenizer, limit)
-    if len(completion) + 1 > limit - 1:
-        # A completion needs itself, its end and one token before it.
-        assert not rows or len(completion) + 1 < limit
+    # A completion needs itself, its end, and one token before it.
+    assert len(rows) == (len(completion) + 2 <= limit)
     for row in rows:
-        assert len(row["input_ids"]) <= limit
+        assert len(row["input_ids"]) == min(limit, len(prompt) + len(completion) + 1)
         scored = [label for label in row["labels"] if label != IGNORED]
         assert tokenizer.decode(scored[:-1]) == completion
         assert (prompt + completion).endswith(tokenizer.decode(row["input_ids"][:-1]))

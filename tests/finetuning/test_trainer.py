@@ -138,8 +138,13 @@ def test_a_lost_loss_ends_the_training(tmp_path):
     model = adapter(chosen)
     with torch.no_grad():
         next(iter(elastic_layers(model).values())).lora_A["default"].weight.fill_(float("inf"))
-    with pytest.raises(PhoenixError, match=r"the loss is nan at step \d; lower finetune.learning_rate"):
+    with pytest.raises(PhoenixError, match=r"the (loss|grad_norm) is nan at step \d; lower finetune.learning_rate"):
         train(model, ROWS, chosen, pad=256, seed=0, work=tmp_path)
+
+
+def test_a_loss_that_is_lost_between_two_entries_of_the_log_is_noticed(tmp_path):
+    with pytest.raises(PhoenixError, match=r"no longer finite after the last step|the (loss|grad_norm) is"):
+        trained(tmp_path, learning_rate=1e30, log_every=100)
 
 
 def test_no_examples_is_an_error(tmp_path):

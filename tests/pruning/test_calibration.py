@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -24,6 +26,27 @@ def test_the_seed_chooses(tokenizer):
 
     assert torch.equal(tokens(1), tokens(1))
     assert not torch.equal(tokens(1), tokens(2))
+
+
+def test_passages_of_a_text_depend_on_the_seed(tokenizer, tmp_path):
+    (tmp_path / "t.txt").write_text(" ".join(str(number) for number in range(1000)))
+    settings = CalibrationSettings(source="text", text=tmp_path / "t.txt", samples=3, length=32)
+    one, same, other = (calibration_tokens(settings, [], tokenizer, max_length=256, seed=seed) for seed in (1, 1, 2))
+    assert one.shape == (3, 32)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_examples_keep_the_tokenizer_s_special_tokens(tokenizer):
+    class WithStart:
+        eos_token_id = 256
+
+        def __call__(self, text):
+            return SimpleNamespace(input_ids=[255, *tokenizer(text).input_ids])
+
+    settings = CalibrationSettings(samples=1, length=8)
+    tokens = calibration_tokens(settings, ["ab", "cd"], WithStart(), max_length=8, seed=0)
+    assert tokens[0].tolist().count(255) == tokens[0].tolist().count(256) == 2
 
 
 def test_fewer_sequences_where_there_is_less_text(tokenizer):

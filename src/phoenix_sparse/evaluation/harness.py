@@ -64,7 +64,7 @@ def evaluate(
     start, started = time.perf_counter(), time.time()
     with _evaluating(model), contextlib.nullcontext() if progress else _quiet():
         language_model = _language_model(model, tokenizer, batch_size, progress)
-        _check_room(harness_task, language_model)
+        check_room(harness_task, language_model.max_length)
         results = run(
             language_model,
             {"tasks": {task.name: harness_task}, "groups": {}, "group_map": {}},
@@ -156,8 +156,9 @@ def _generated_tokens(harness_task: Any) -> int:
     return int((harness_task.config.generation_kwargs or {}).get("max_gen_toks", 256))
 
 
-def _check_room(harness_task: Any, language_model: Any) -> None:
-    needed, context = _generated_tokens(harness_task), language_model.max_length
+def check_room(harness_task: Any, context: int) -> None:
+    """Refuse a task that generates as many tokens as the model's context has, or more."""
+    needed = _generated_tokens(harness_task)
     if needed >= context:
         raise PhoenixError(
             f"task {harness_task.config.task}: it generates up to {needed} tokens (generation_kwargs.max_gen_toks), "

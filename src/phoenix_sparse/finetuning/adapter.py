@@ -1,6 +1,7 @@
 """The adapter as PEFT holds it: LoRA layers that know a mask and an elastic rank."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +13,12 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import functional
 
-from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.errors import PhoenixError, first_line
 from phoenix_sparse.files import atomic_path, read_json
 from phoenix_sparse.finetuning.elastic import Ranks
 from phoenix_sparse.finetuning.masked_linear import effective_weight, masked_linear
 from phoenix_sparse.masks import Masks, check_fit, masks_sha256
-from phoenix_sparse.models import prunable_linears
+from phoenix_sparse.models import LIBRARY_ERRORS, prunable_linears
 
 ADAPTER = "default"
 RECORD = "phoenix.json"
@@ -52,7 +53,7 @@ class ElasticLinear(lora.Linear):
         return a[: self.rank], b[:, : self.rank]
 
     def merged_weight(self) -> Tensor:
-        """W + M⊙(s·BA) in W's dtype: the weight that this layer computes with."""
+        """W + M⊙(s·BA) in W's dtype: what is merged, and what a masked layer computes with."""
         return effective_weight(self.weight, self.mask, *self.factors(), self.scaling[ADAPTER])
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -135,7 +136,7 @@ def target_names(model: Any, targets: tuple[str, ...] | None) -> list[str]:
         raise PhoenixError(
             f"finetune.targets: no linear is called {sorted(unknown)[0]}; there are {', '.join(sorted(names))}"
         )
-    return sorted(targets or names)
+    return sorted(names if targets is None else targets)
 
 
 def elastic_layers(model: PeftModel) -> dict[str, ElasticLinear]:
@@ -207,6 +208,8 @@ def save_adapter(model: PeftModel, directory: Path, masks: Masks | None, space: 
         "masks_sha256": masks_sha256(masks) if masks is not None else None,
     }
     record |= {"space": list(space)} if space else {}
+    if masks is not None:
+        record["note"] = "Trained through masks: stock PEFT applies it without them and fills the zeros. Use merged/."
     with atomic_path(directory) as temporary:
         temporary.mkdir()
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -214,14 +217,28 @@ def save_adapter(model: PeftModel, directory: Path, masks: Masks | None, space: 
         (temporary / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 
+def _read_record(directory: Path) -> dict[str, Any]:
+    """What `save_adapter` noted; a record that doesn't say whether there is a mask must not pass for one without."""
+    path = Path(directory) / RECORD
+    record = read_json(path)
+    if not isinstance(record, dict) or type(record.get("masked")) is not bool:
+        raise PhoenixError(f"adapter: {path} does not say whether the adapter is masked; give one that phx tune wrote")
+    if record["masked"] and not isinstance(record.get("masks_sha256"), str):
+        raise PhoenixError(f"adapter: {path} has no hash of the masks; give an adapter that phx tune wrote")
+    space = record.get("space", [])
+    if not isinstance(space, list) or not all(type(rank) is int and rank > 0 for rank in space):
+        raise PhoenixError(f"adapter: {path} has no valid space of ranks; give an adapter that phx tune wrote")
+    return record
+
+
 def is_masked(directory: Path) -> bool:
     """Whether an adapter was trained through masks."""
-    return bool(read_json(Path(directory) / RECORD).get("masked"))
+    return bool(_read_record(directory)["masked"])
 
 
 def adapter_space(directory: Path) -> tuple[int, ...]:
     """The ranks that a super-adapter was trained with, the largest first."""
-    space = read_json(Path(directory) / RECORD).get("space")
+    space = _read_record(directory).get("space")
     if not space:
         raise PhoenixError(f"adapter: {directory} is no super-adapter; give the one that fine-tuning wrote")
     return tuple(space)
@@ -238,8 +255,8 @@ def load_adapter(model: Any, directory: Path, masks: Masks | None) -> PeftModel:
     from safetensors.torch import load_file
 
     directory = Path(directory)
-    record, config = read_json(directory / RECORD), read_json(directory / "adapter_config.json")
-    if record.get("masked"):
+    record, config = _read_record(directory), read_json(directory / "adapter_config.json")
+    if record["masked"]:
         if masks is None:
             raise PhoenixError(f"adapter: {directory} was trained through masks; give its masks.safetensors")
         if record["masks_sha256"] != masks_sha256(masks):
@@ -252,14 +269,14 @@ def load_adapter(model: Any, directory: Path, masks: Masks | None) -> PeftModel:
             model,
             rank=int(config["r"]),
             scale=float(config["lora_alpha"]) / int(config["r"]),
-            masks=masks if record.get("masked") else None,
+            masks=masks if record["masked"] else None,
             seed=0,
             targets=tuple(config["target_modules"]),
             rank_pattern=config["rank_pattern"],
         )
         outcome: Any = set_peft_model_state_dict(adapted, tensors, adapter_name=ADAPTER)
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise PhoenixError(f"adapter: {directory} can't be loaded ({str(error).splitlines()[0]})") from error
+    except (*LIBRARY_ERRORS, SafetensorError, re.error) as error:
+        raise PhoenixError(f"adapter: {directory} can't be loaded ({first_line(error)})") from error
     stray = [*outcome.unexpected_keys, *(key for key in outcome.missing_keys if "lora_" in key)]
     if stray:
         raise PhoenixError(f"adapter: {directory} does not fit this model ({stray[0]})")

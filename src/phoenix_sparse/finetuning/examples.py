@@ -34,7 +34,8 @@ def tokenize(examples: Iterable[PromptAndCompletion], tokenizer: Any, max_length
         excess = len(ids) - max_length
         if excess > 0:
             first = 1 if ids[0] == tokenizer.bos_token_id else 0
-            if first + excess >= start:
+            # The completion's first token is predicted from a token before it, a BOS at the least.
+            if start - excess < 1:
                 continue
             ids, labels = ids[:first] + ids[first + excess :], labels[:first] + labels[first + excess :]
         rows.append({"input_ids": ids, "labels": labels})

@@ -19,7 +19,9 @@ class FinetuneSettings(Settings):
     ranks: tuple[int, ...] = Field((32, 24, 16), description="ranks that a layer may have; one rank is a fixed adapter")
     scale: float = Field(2.0, gt=0, description="s in W + M⊙(s·BA), the same at every rank (alpha = scale · rank)")
     targets: tuple[str, ...] | None = Field(
-        None, description="last names of the linears to adapt, such as [q_proj, v_proj]; all of a block unless given"
+        None,
+        min_length=1,
+        description="last names of the linears to adapt, such as [q_proj, v_proj]; all of a block unless given",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="on the adapter's input; sparse_to_dense only")
     learning_rate: float = Field(1e-3, gt=0)

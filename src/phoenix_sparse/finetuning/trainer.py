@@ -77,6 +77,7 @@ def train(
         torch.cuda.reset_peak_memory_stats(device)
     checkpoint, started = latest_checkpoint(work), time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _require_finite(model, settings)
     set_ranks(model, uniform(layers, largest))
     model.eval()
     per_epoch = len(rows) / settings.batch_size
@@ -190,9 +191,17 @@ class _Watch(TrainerCallback):
             self.progress("training step", state.global_step, self.steps)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        logs = kwargs["logs"]
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise PhoenixError(
-                f"finetune: the loss is {logs['loss']} at step {state.global_step}; "
-                f"lower finetune.learning_rate ({args.learning_rate}) or raise finetune.warmup"
-            )
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(kwargs["logs"].get(name, 0.0)):
+                raise _lost(f"the {name} is {kwargs['logs'][name]} at step {state.global_step}", args.learning_rate)
+
+
+def _require_finite(model: PeftModel, settings: FinetuneSettings) -> None:
+    """The log looks at a step in `log_every`; the end looks at the weights."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise _lost(f"{name} is no longer finite after the last step", settings.learning_rate)
+
+
+def _lost(what: str, learning_rate: float) -> PhoenixError:
+    return PhoenixError(f"finetune: {what}; lower finetune.learning_rate ({learning_rate}) or raise finetune.warmup")

@@ -1,4 +1,4 @@
-"""Calibration tokens: the task's own examples, or text, packed into sequences of equal length without padding."""
+"""Calibration tokens: the task's own examples packed without padding, or passages of a text, all of one length."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -20,7 +20,7 @@ def calibration_tokens(
         examples: the task's training examples as whole texts, used for `source: task`.
         tokenizer: its end-of-text token stands between documents.
         max_length: the longest sequence that the model can read.
-        seed: chooses the examples or the passages of the text.
+        seed: chooses the examples, or the passages of the text.
 
     Returns:
         (sequences, tokens), int64; fewer sequences than asked for where the task has fewer tokens.
@@ -29,26 +29,43 @@ def calibration_tokens(
         PhoenixError: there isn't enough text for one sequence.
     """
     length = min(settings.length, max_length)
-    documents = list(examples) if settings.source == "task" else _documents(settings)
-    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator().manual_seed(seed)
+    if settings.source == "text":
+        stream = _text_stream(settings, tokenizer)
+        _require(len(stream), length)
+        # Windows from anywhere in the text, as the Wanda repository draws them.
+        starts = torch.randint(0, len(stream) - length + 1, (settings.samples,), generator=generator).tolist()
+        return torch.tensor([stream[start : start + length] for start in starts])
+    documents = list(examples)
     needed, stream = settings.samples * length, list[int]()
-    for index in order:
-        stream += [*tokenizer(documents[index], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    for index in torch.randperm(len(documents), generator=generator).tolist():
+        # As in training: with the tokenizer's own special tokens, and the end-of-text token at the end.
+        ids = tokenizer(documents[index]).input_ids
+        stream += ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
         if len(stream) >= needed:
             break
+    _require(len(stream), length)
     rows = min(settings.samples, len(stream) // length)
-    if rows == 0:
-        raise PhoenixError(
-            f"sparsify.calibration: {len(stream)} tokens are less than one sequence of {length}; "
-            "set calibration.length lower or give more text"
-        )
     return torch.tensor(stream[: rows * length]).reshape(rows, length)
 
 
-def _documents(settings: CalibrationSettings) -> list[str]:
+def _require(tokens: int, length: int) -> None:
+    if tokens < length:
+        raise PhoenixError(
+            f"sparsify.calibration: {tokens} tokens are less than one sequence of {length}; "
+            "set calibration.length lower or give more text"
+        )
+
+
+def _text_stream(settings: CalibrationSettings, tokenizer: Any) -> list[int]:
+    """All tokens of the text, with the end-of-text token between its documents (parted by `<|endoftext|>`)."""
     assert settings.text is not None
     try:
         text = settings.text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PhoenixError(f"sparsify.calibration.text: {settings.text} can't be read ({error})") from error
-    return [part.strip() for part in text.split("<|endoftext|>") if part.strip()]
+    stream = list[int]()
+    for part in text.split("<|endoftext|>"):
+        if part.strip():
+            stream += [*tokenizer(part.strip(), add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    return stream

@@ -13,7 +13,7 @@ from phoenix_sparse.errors import PhoenixError
 
 def keep_per_row(scores: Tensor, sparsity: float) -> Tensor:
     """Drop the lowest ⌊in · sparsity⌋ scores of each output row, as Wanda does. (out, in) -> boolean (out, in)."""
-    drop = int(scores.shape[1] * sparsity)
+    drop = int(scores.shape[1] * sparsity)  # in floating point, as published: 0.29 of 100 is 28
     order = torch.sort(scores, dim=-1, stable=True).indices[:, :drop]
     return torch.ones_like(scores, dtype=torch.bool).scatter_(1, order, False)
 
@@ -29,7 +29,8 @@ def keep_globally(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Te
     Raises:
         PhoenixError: a layer would lose its last weight.
     """
-    flat = torch.cat([layer.reshape(-1) for layer in scores.values()])
+    # On the CPU: CUDA sorts at most 2³¹ values at once, and a large model has more.
+    flat = torch.cat([layer.reshape(-1).cpu() for layer in scores.values()])
     kept = keep_per_layer(flat.reshape(1, -1), sparsity).reshape(-1)
     masks = {}
     for (name, layer), part in zip(scores.items(), kept.split([s.numel() for s in scores.values()]), strict=True):
@@ -37,5 +38,5 @@ def keep_globally(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Te
             raise PhoenixError(
                 f"sparsify.group: global would empty {name} at sparsity {sparsity}; use group=layer or a lower sparsity"
             )
-        masks[name] = part.reshape(layer.shape)
+        masks[name] = part.reshape(layer.shape).to(layer.device)
     return masks

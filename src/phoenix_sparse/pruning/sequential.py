@@ -36,16 +36,18 @@ def prune(
         Boolean masks on the CPU by layer name; the model's weights are already zero off them.
     """
     if settings.importance != "wanda":
-        scores = {
-            name: _score_weight(layer.weight, settings, seed, name) for name, layer in prunable_linears(model).items()
-        }
-        masks = _select(scores, settings)
-        apply_masks(masks, prunable_linears(model))
+        layers = prunable_linears(model)
+        scored = ((name, _score_weight(layer.weight, settings, seed, name)) for name, layer in layers.items())
+        if settings.comparison_group == "global":
+            masks = _select(dict(scored), settings)
+        else:  # one layer's scores at a time
+            masks = {name: _select({name: score}, settings)[name].cpu() for name, score in scored}
+        apply_masks(masks, layers)
         return _on_cpu(masks)
     assert tokens is not None, "Wanda needs calibration tokens"
     if settings.comparison_group == "global":
         # One threshold for all needs all scores first, so every block sees the dense model's activations.
-        scores = {}
+        scores: dict[str, Tensor] = {}
         for _, layers, norms in _walk(model, tokens, progress, prune_block=None):
             scores |= {name: wanda_importance(layers[name].weight, norms[name].mean) for name in layers}
         masks = keep_globally(scores, settings.sparsity)

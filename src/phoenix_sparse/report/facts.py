@@ -54,6 +54,12 @@ class Facts:
         return {name: layer.sparsity for name, layer in layers.items()}
 
     @property
+    def role_names(self) -> dict[str, str]:
+        """The models' names; a merge that filled the zeros isn't called sparse."""
+        filled = self.certificate is not None and self.certificate.off_mask_nonzeros > 0
+        return ROLE_NAMES | ({"tuned": "Tuned, merged dense"} if filled else {})
+
+    @property
     def accuracies_compare(self) -> bool:
         """Whether all accuracies were measured in one way: task, metric, split, number of examples and of shots."""
         ways = {(a.task, a.metric, a.split, a.examples, a.num_fewshot) for a in self.accuracies.values()}

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from phoenix_sparse.report import text
-from phoenix_sparse.report.facts import ROLE_NAMES, ROLES, Facts
+from phoenix_sparse.report.facts import ROLES, Facts
 from phoenix_sparse.report.plots import accuracy_plot, loss_plot, search_plot, sparsity_plot
 
 USE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("merged")
 model = AutoModelForCausalLM.from_pretrained("merged")"""
-REPRODUCE = "phx run recipe.yaml"
+REPRODUCE = "phx run recipe.yaml --out NEW_DIRECTORY"
 
 
 def render_html(facts: Facts) -> str:
@@ -20,7 +20,7 @@ def render_html(facts: Facts) -> str:
     from markupsafe import Markup
 
     plots = {
-        "accuracy": accuracy_plot(facts.accuracies) if facts.accuracies else None,
+        "accuracy": accuracy_plot(facts.accuracies, facts.role_names) if facts.accuracies else None,
         "sparsity": sparsity_plot(facts.sparsities),
         "loss": loss_plot(facts.tunes),
         "search": search_plot(facts.search) if facts.search else None,
@@ -64,7 +64,7 @@ def context(facts: Facts) -> dict[str, Any]:
     return {
         "facts": facts,
         "roles": ROLES,
-        "role_names": ROLE_NAMES,
+        "role_names": facts.role_names,
         "headline": text.headline(facts),
         "base": _shown(model.path) if model else None,
         "settings": list(text.flatten(facts.recipe)) if facts.recipe is not None else None,

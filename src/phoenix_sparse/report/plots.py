@@ -41,7 +41,7 @@ STYLE: Any = {
 }
 
 
-def accuracy_plot(accuracies: Mapping[str, Accuracy]) -> str:
+def accuracy_plot(accuracies: Mapping[str, Accuracy], names: Mapping[str, str] = ROLE_NAMES) -> str:
     """Bars with standard errors, one for each model that was measured."""
     import matplotlib
 
@@ -65,7 +65,7 @@ def accuracy_plot(accuracies: Mapping[str, Accuracy]) -> str:
             axes.text(ends[row] + 0.02 * room, row, accuracy_text(accuracies[role]), va="center")
         axes.set_xlim(0, 1.42 * room)
         axes.set_xticks([tick for tick in axes.get_xticks() if tick <= min(100, 1.05 * room)])
-        axes.set_yticks(range(len(roles)), [ROLE_NAMES[role] for role in roles])
+        axes.set_yticks(range(len(roles)), [names[role] for role in roles])
         axes.invert_yaxis()
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from phoenix_sparse.errors import PhoenixError
-from phoenix_sparse.report.facts import ROLE_NAMES, ROLES, read_facts
+from phoenix_sparse.report.facts import ROLES, read_facts
 from phoenix_sparse.report.records import Flops
 from phoenix_sparse.report.text import MISSING, accuracy, number, percent, scaled, seconds, size, times
 
@@ -32,7 +32,9 @@ def summary_table(run_directory: Path) -> "Table":
     for role in ROLES:
         style = "bold" if role == "tuned" else ""
         value = accuracy(facts.accuracies.get(role))
-        table.add_row(Text(f"accuracy, {ROLE_NAMES[role].lower().replace('lora', 'LoRA')}"), Text(value, style=style))
+        table.add_row(
+            Text(f"accuracy, {facts.role_names[role].lower().replace('lora', 'LoRA')}"), Text(value, style=style)
+        )
     certificate, flops = facts.certificate, facts.flops
     table.add_section()
     table.add_row("sparsity after the merge", percent(certificate.sparsity) if certificate else MISSING)
@@ -89,11 +91,14 @@ def plan_table(figures: Mapping[str, Mapping[str, float]]) -> "Table":
     table.add_column(style="dim")
     table.add_column()
     table.add_column(justify="right")
-    writers = {"memory_bytes": size, "disk_bytes": size, "seconds": seconds}
+    titles = {"memory_bytes": "memory of training", "search_bytes": "memory of the search", "disk_bytes": "disk"}
+    titles |= {"seconds": "time"}
     for group, values in figures.items():
         for index, (name, value) in enumerate(values.items()):
-            write = writers.get(group, scaled if value >= 1e9 else number)
-            title = group.removesuffix("_bytes") if group != "seconds" else "time"
-            table.add_row(title if index == 0 else "", Text(name), write(value))
+            if group in titles:
+                text = seconds(value) if group == "seconds" else size(value)
+            else:
+                text = scaled(value) if value >= 1e9 else number(value)
+            table.add_row(titles.get(group, group) if index == 0 else "", Text(name), text)
         table.add_section()
     return table

@@ -172,7 +172,7 @@ def _read_hub(definition: Definition, names: dict[str, str | None]) -> tuple[dic
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
         raise PhoenixError(
             f"task {definition.name}: the data set {path} can't be had from the hub ({reason}); "
-            "give a folder of <split>.jsonl as task.data"
+            "give a folder of <split>.jsonl as task.data (a command: --data)"
         ) from error
     rows: dict[str, list[Row]] = {}
     sources: dict[str, str] = {}
