@@ -69,6 +69,20 @@ def read_json(path: Path) -> Any:
         raise PhoenixError(f"{path}: not a JSON file ({error})") from error
 
 
+def read_text(path: Path, field: str) -> str:
+    """Read a text file that a setting names.
+
+    Raises:
+        PhoenixError: it is missing or isn't UTF-8, with the setting's name.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PhoenixError(
+            f"{field}: {path} can't be read ({error.__class__.__name__}); give a UTF-8 text file"
+        ) from error
+
+
 def sha256(path: Path) -> str:
     """Hash a file, or a directory as the hash of its files' relative names and hashes."""
     path = Path(path)

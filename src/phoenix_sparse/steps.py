@@ -9,7 +9,7 @@ from pydantic import Field
 
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.evaluation.settings import EvaluateSettings, PerplexitySettings
-from phoenix_sparse.files import write_json
+from phoenix_sparse.files import read_text, write_json
 from phoenix_sparse.finetuning.settings import FinetuneSettings, SearchSettings
 from phoenix_sparse.masks import Masks, compute_sparsity_stats, load_mask, plot_sparsity_histogram, save_mask
 from phoenix_sparse.models import (
@@ -311,15 +311,6 @@ def measure_perplexity(model: Any, tokenizer: Any, settings: PerplexitySettings)
         max_tokens=settings.max_tokens,
         label=settings.text.name,
     )
-
-
-def read_text(path: Path, field: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PhoenixError(
-            f"{field}: {path} can't be read ({error.__class__.__name__}); give a UTF-8 text file"
-        ) from error
 
 
 def flops(source: Path, masks: Masks | None, settings: EvaluateSettings, out: Path) -> list[str]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.files import read_text
 from phoenix_sparse.pruning.settings import CalibrationSettings
 
 
@@ -60,12 +61,8 @@ def _require(tokens: int, length: int) -> None:
 def _text_stream(settings: CalibrationSettings, tokenizer: Any) -> list[int]:
     """All tokens of the text, with the end-of-text token between its documents (parted by `<|endoftext|>`)."""
     assert settings.text is not None
-    try:
-        text = settings.text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PhoenixError(f"sparsify.calibration.text: {settings.text} can't be read ({error})") from error
     stream = list[int]()
-    for part in text.split("<|endoftext|>"):
+    for part in read_text(settings.text, "sparsify.calibration.text").split("<|endoftext|>"):
         if part.strip():
             stream += [*tokenizer(part.strip(), add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     return stream
