@@ -12,7 +12,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # rooms of one floor don't import each other.
 FLOORS = [
     ["errors", "settings", "progress"],
-    ["files"],
+    ["files", "determinism"],
     ["models", "masks", "tasks"],
     ["pruning", "finetuning"],
     ["merging", "evaluation"],

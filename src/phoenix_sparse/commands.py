@@ -25,12 +25,13 @@ def set_up(dtype: str, device: str, seed: int, out: Path | None) -> Iterator[Any
     """Check the options that commands share, and show progress for the block."""
     from phoenix_sparse import steps
     from phoenix_sparse.console import showing
+    from phoenix_sparse.determinism import be_deterministic
     from phoenix_sparse.recipe import check
 
     options = check(steps.Common, {"dtype": dtype, "device": device, "seed": seed}, "options")
     if out is not None:
         _require_writable(out)
-    steps.be_deterministic()
+    be_deterministic()
     with showing() as show:
         yield steps.Machine(options.dtype, options.device, options.seed, show.progress)
 

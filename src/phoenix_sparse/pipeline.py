@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from phoenix_sparse import steps
+from phoenix_sparse.determinism import be_deterministic
 from phoenix_sparse.files import sha256
 from phoenix_sparse.models import find_device, find_model
 from phoenix_sparse.progress import Announce, Progress
@@ -73,7 +74,7 @@ def run(
 def prepare(recipe: Recipe) -> tuple[Path, Task]:
     """Find the model, read the task, and check whatever can be checked before the work begins."""
     if recipe.deterministic:
-        steps.be_deterministic()
+        be_deterministic()
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     find_device(recipe.device)

@@ -1,6 +1,5 @@
 """The steps on files: each reads model directories and masks, writes its own files, and knows nothing of a run."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,19 +58,6 @@ class Machine:
         model, tokenizer = self.load(directory), load_tokenizer(directory)
         fit_tokenizer(model, tokenizer, directory)
         return model, tokenizer
-
-
-def be_deterministic() -> None:
-    """Ask torch for the same results again on the same machine; an operation that can't says so in a warning.
-
-    Must come before the first CUDA call. Sums in another order (another number of threads, another GPU) still differ.
-    """
-    import torch
-
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = False
 
 
 def sparsify(source: Path, task: Task | None, settings: SparsifySettings, out: Path, machine: Machine) -> list[str]:

@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from phoenix_sparse.determinism import sound_gradients
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import write_json
 from phoenix_sparse.finetuning.adapter import adapter_parameters, elastic_layers, set_ranks
@@ -76,7 +77,8 @@ def train(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     checkpoint, started = latest_checkpoint(work), time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with sound_gradients(device):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     _require_finite(model, settings)
     set_ranks(model, uniform(layers, largest))
     model.eval()
