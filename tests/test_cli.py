@@ -13,15 +13,18 @@ from safetensors.torch import load_file, save_file
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from phoenix_sparse import cli
+from phoenix_sparse import cli, commands
 from phoenix_sparse.files import read_json
-from phoenix_sparse.masks import load_mask, save_mask
+from phoenix_sparse.masks import load_mask, save_mask, validate_mask
 
 ON_A_MACHINE = ["--seed", "--dtype", "--device"]
 OPTIONS = {
     "run": ["--out", "--resume", "--overwrite"],
     "plan": [],
-    "prune": ["--out", "--task", "--data", "--sparsity", "--importance", *ON_A_MACHINE],
+    "prune": [
+        *("--out", "--task", "--data", "--sparsity", "--importance", "--method", "--format", "--plot", "--compare"),
+        *ON_A_MACHINE,
+    ],
     "tune": ["--task", "--out", "--masks", "--data", *ON_A_MACHINE],
     "search": ["--adapter", "--task", "--out", "--masks", "--data", "--batch-size", *ON_A_MACHINE],
     "merge": ["--masks", "--adapter", "--out", "--remask", "--task", "--data", *ON_A_MACHINE],
@@ -140,6 +143,95 @@ def test_the_steps_do_their_work_on_files(chain, phx, task_directory):
     assert "FLOPs" in said
 
 
+SPREAD = {
+    "--sparsity 0.5 0.7 0.9": "--sparsity 0.5 --sparsity 0.7 --sparsity 0.9",
+    "m --sparsity .5 7e-1 a=1 --out o 0.9": "m --sparsity .5 --sparsity 7e-1 a=1 --out o 0.9",
+    "--sparsity=0.5 0.7 m 0.9": "--sparsity=0.5 --sparsity 0.7 m 0.9",
+    "--sparsity 0.5 --sparsity 0.7 --plot 0.9": "--sparsity 0.5 --sparsity 0.7 --plot 0.9",
+    "--sparsity -1 -2": "--sparsity -1 --sparsity -2",
+    "m --compare wanda ria+owl 2:4 a.b=1 x": "m --compare wanda --compare ria+owl --compare 2:4 a.b=1 x",
+    "--compare wanda --sparsity 0.5 -- --compare a b": "--compare wanda --sparsity 0.5 -- --compare a b",
+    "--sparsity": "--sparsity",
+    "m --task t": "m --task t",
+}
+
+
+@pytest.mark.parametrize(("given", "meant"), SPREAD.items(), ids=SPREAD)
+def test_an_option_takes_several_values(given, meant):
+    assert list(commands._repeated(given.split(), {"--sparsity": True, "--compare": False})) == meant.split()
+
+
+@pytest.mark.parametrize("format", ["pt", "npz", "safetensors", None])
+def test_masks_at_several_levels(phx, tmp_path, model_directory, format):
+    options = ["--format", format] if format else ["--plot"]
+    out = tmp_path / "out"
+    call = ("prune", model_directory, "--out", out, "--sparsity", "0.5", "0.333", "--method", "unstructured", *options)
+    code, said, errors = phx(*call, "importance=magnitude")
+    assert code == 0
+    assert not [line for line in errors if not line.startswith("  scoring block ")]
+    assert said.startswith("sparsity 50.0000% in 14 layers: ")
+    written = {f"{part}_sparsity{level}_unstructured" for part in ("masks", "stats") for level in ("50", "33.3")}
+    written |= {f"histogram_sparsity{level}_unstructured" for level in ("50", "33.3") if not format}
+    assert {path.stem for path in out.iterdir()} == written
+    masks, facts = load_mask(out / f"masks_sparsity33.3_unstructured.{format or 'pt'}")
+    assert facts["target_sparsity"] == 0.333
+    assert validate_mask(masks, expected_sparsity=0.333)[0]
+    assert read_json(out / "stats_sparsity50_unstructured.json")["sparsity"] == 0.5
+
+
+def test_what_is_there_is_not_written_over(phx, tmp_path, model_directory):
+    (tmp_path / "stats_sparsity70_random.json").write_text("mine")
+    call = ("prune", model_directory, "--out", tmp_path, "--method", "random", "--sparsity")
+    code, _, errors = phx(*call, "0.5", "0.7")
+    assert code == 2
+    assert errors == [
+        f"phx: --out: {tmp_path / 'stats_sparsity70_random.json'} exists already; give another directory, or remove it"
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["stats_sparsity70_random.json"]
+    assert phx(*call, "0.5")[0] == 0
+
+
+def test_gradients_are_kept_for_another_attempt(phx, tmp_path, model_directory, task_directory, monkeypatch):
+    """What was measured before a kill is taken up; a place for it is left only until the masks are written."""
+    from phoenix_sparse import levels
+
+    call = ("prune", model_directory, "--out", tmp_path, "--task", task_directory, "--sparsity", "0.5", "0.7")
+    call = (*call, "--importance", "taylor", "calibration.samples=2")
+    with monkeypatch.context() as broken:
+        broken.setattr(levels, "keep", lambda *_args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        code, _, errors = phx(*call)
+    assert (code, errors[-1].startswith("phx: the disk is full")) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == [".work"]
+    code, _, errors = phx(*call)
+    assert code == 0
+    assert not [line for line in errors if "gradients" in line]
+    assert not (tmp_path / ".work").exists()
+
+
+def test_initialisations_are_compared(phx, tmp_path, model_directory, task_directory):
+    call = ("prune", model_directory, "--out", tmp_path, "--task", task_directory, "--sparsity", 0.5, "--compare")
+    few = ("calibration.samples=2", "calibration.length=16", "finetune.max_steps=1", "finetune.ranks=[2]")
+    code, said, errors = phx(*call, "random", "magnitude+2:4", *few)
+    assert code == 0
+    assert errors[-1] == "magnitude+2:4: report: done in " + errors[-1].rpartition(" in ")[2]
+    compared = read_json(tmp_path / "compare.json")
+    assert {entry["spec"] for entry in compared["specs"]} == {"random", "magnitude+2:4"}
+    for word in ("random", "magnitude+2:4", "50.0%", "before", "after", "best after the fine-tune: ", "compare.json"):
+        assert word in said
+    assert {path.name for path in tmp_path.iterdir()} == {"compare.json", "random", "magnitude-2of4"}
+
+    code, said, errors = phx(*call, "random", "7x1", *few)
+    assert code == 3
+    assert "random: report: done before, kept" in errors
+    assert errors[-1].startswith("phx: 7x1: sparsify.pattern: 7x1 does not divide model.layers.0.self_attn.q_proj")
+    assert "failed" in said
+    assert "magnitude+2:4" in said
+
+    code, said, errors = phx(*call, "ria")
+    assert (code, said, len(errors)) == (2, "", 1)
+    assert "is a comparison with other settings: finetune.max_steps is 1 there and 100 here" in errors[0]
+
+
 def test_a_filled_zero_is_a_failed_check(chain, phx, model_directory):
     """The dense model against the masks: a check that fails, which is not bad input."""
     code, said, errors = phx("validate", model_directory, "--masks", chain / "masks.safetensors")
@@ -206,8 +298,8 @@ BAD = {
     "NaN, evaluated": ("eval {b}/nan --task {task}", "NaN or infinite"),
     # masks
     "half a mask": ("validate {model} --masks {b}/half.safetensors", "is damaged or truncated"),
-    "no masks": ("validate {model} --masks {b}/none.safetensors", "is not a file; give the masks.safetensors"),
-    "weights for masks": ("validate {model} --masks {model}/model.safetensors", "is not a mask file of version 1"),
+    "no masks": ("validate {model} --masks {b}/none.safetensors", "is not a file; give a mask file that pruning wrote"),
+    "weights for masks": ("validate {model} --masks {model}/model.safetensors", "is not the bytes of a mask"),
     "fewer masks": ("tune {sparse} --task {task} --masks {b}/fewer.safetensors", "no mask for model.layers.1."),
     "turned masks": ("tune {sparse} --task {task} --masks {b}/turned.safetensors", "and the model's weight ("),
     "other masks": (
@@ -262,7 +354,86 @@ BAD = {
         "prune {model} calibration.source=text calibration.text={b}/file calibration.length=64",
         "7 tokens are less than one sequence of 64",
     ),
-    "no such text": ("prune {model} calibration.source=text calibration.text={b}/none", "none can't be read"),
+    "no such text": (
+        "prune {model} calibration.source=text calibration.text={b}/none",
+        "calibration.text: {b}/none can't be read",
+    ),
+    "no gradients": ("prune {model} importance=taylor", "taylor needs the gradients of a task's loss; give --task"),
+    "no text for an update": (
+        "prune {model} importance=magnitude update=alps",
+        "alps needs text to calibrate on; give --task",
+    ),
+    "no text for an allocation": ("prune {model} importance=random allocation=owl", "owl needs text to calibrate on"),
+    "a pattern that does not divide": (
+        "prune {model} importance=magnitude pattern=7x1",
+        "7x1 does not divide model.layers.0.self_attn.q_proj, 32x32",
+    ),
+    # masks at several levels
+    "a level of ones": ("prune {model} --sparsity 0.5 1.5 0.7", "prune: sparsity=1.5 should be less than 1"),
+    "a negative level": (
+        "prune {model} --sparsity 0.5 -0.5",
+        "prune: sparsity=-0.5 should be greater than or equal to 0",
+    ),
+    "a level twice": ("prune {model} --sparsity 0.5 .50 importance=random", "gives one level twice (0.5, 0.5)"),
+    "levels and a sparsity": ("prune {model} --sparsity 0.5 0.7 sparsity=0.6", "the sparsity is set twice"),
+    "no such method": (
+        "prune {model} --method hopeful",
+        "method='hopeful' should be 'unstructured', 'structured' or 'random'",
+    ),
+    "no such format": ("prune {model} --format exe", "format='exe' should be 'pt', 'npz' or 'safetensors'"),
+    "no such importance": ("prune {model} --sparsity 0.5 0.7 --importance luck", "'luck' is not known; use one of"),
+    "an importance by lot": (
+        "prune {model} --method random --importance ria",
+        "draws by lot; leave the importance out",
+    ),
+    "an update at levels": (
+        "prune {model} --plot update=dsnot",
+        "update prunes a model, at one level; leave out --method",
+    ),
+    "no text for levels": ("prune {model} --plot", "wanda needs text to calibrate on; give --task"),
+    "no gradients for levels": ("prune {model} --plot --importance gradient", "give --task"),
+    "no such text for levels": (
+        "prune {model} --plot calibration.source=text calibration.text={b}/none",
+        "calibration.text: {b}/none can't be read",
+    ),
+    "a group of structures": ("prune {model} --method structured group=row", "the pattern structured has its own"),
+    "no model for levels": ("prune {b}/nowhere --method random", "nowhere is not a directory"),
+    "NaN for levels": ("prune {b}/nan --method random", "model.layers.1.mlp.up_proj.weight has 1 weights that are NaN"),
+    "out of reach": (
+        "prune {model} --method structured --sparsity 0.3 0.99 importance=magnitude",
+        "a sparsity of 0.99 can't be reached",
+    ),
+    # comparisons
+    "no task to compare on": ("prune {model} --compare wanda", "--compare fine-tunes on a task; give --task"),
+    "no such spec": (
+        "prune {model} --task {task} --compare wanda magnitude+luck",
+        "'luck' in 'magnitude+luck' is no importance (",
+    ),
+    "one spec twice": (
+        "prune {model} --task {task} --compare owl ria wanda+owl",
+        "'owl' and 'wanda+owl' are the same; leave one out",
+    ),
+    "specs at levels": (
+        "prune {model} --task {task} --compare wanda --sparsity 0.5 0.7",
+        "is at one sparsity; give one",
+    ),
+    "specs with a method": (
+        "prune {model} --task {task} --compare wanda --method random",
+        "--compare takes no --importance, --method, --format or --plot",
+    ),
+    "a pattern of another sparsity": (
+        "prune {model} --task {task} --sparsity 0.7 --compare wanda 2:4",
+        "compare: 2:4: sparsify.pattern: 2:4 is sparsity 0.5",
+    ),
+    "no such setting to compare with": (
+        "prune {model} --task {task} --compare wanda finetune.epoch=1",
+        "finetune.epoch is no field; did you mean finetune.epochs?",
+    ),
+    "no model to compare": ("prune {b}/nowhere --task {task} --compare wanda", "nowhere is not a directory"),
+    "no such device to compare on": (
+        "prune {model} --task {task} --compare wanda --device tpu",
+        "device='tpu' should be 'auto', 'cpu' or 'cuda'",
+    ),
 }
 
 
@@ -279,7 +450,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(
     code, said, errors = phx(*arguments, "--out", target)
     assert len(errors) == 1, errors
     assert errors[0].startswith("phx: ")
-    assert words in errors[0]
+    assert words.format(**places) in errors[0]
     assert (code, said) == (2, "")
     assert list(out.iterdir()) == []
 

@@ -32,9 +32,7 @@ def test_a_run_that_may_vary_stays_free():
 def test_an_operation_without_determinism_is_named():
     be_deterministic()
     with (
-        pytest.raises(
-            PhoenixError, match="some_kernel does not have a deterministic implementation.*deterministic=false"
-        ),
+        pytest.raises(PhoenixError, match="some_kernel does not have.*deterministic=false"),
         sound_gradients(torch.device("cuda")),
     ):
         raise RuntimeError("some_kernel does not have a deterministic implementation, but you set ...")

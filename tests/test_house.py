@@ -12,7 +12,8 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # rooms of one floor don't import each other.
 FLOORS = [
     ["errors", "settings", "progress"],
-    ["files", "determinism"],
+    ["files", "determinism", "mask_formats"],
+    ["checkpoint"],
     ["models", "masks", "tasks"],
     ["pruning", "finetuning"],
     ["merging", "evaluation"],
@@ -20,10 +21,11 @@ FLOORS = [
     ["cerebras", "report", "demo"],
     ["recipe"],
     ["runs", "steps"],
-    ["plan", "pipeline"],
-    ["sweep"],
+    ["plan", "pipeline", "levels"],
+    ["sweep", "comparing"],
     ["console"],
     ["commands"],
+    ["prune_forms"],
     ["cli"],
 ]
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
@@ -32,7 +34,7 @@ GROUND = {"errors", "settings", "progress", "files"}
 WINGS = {
     "report": GROUND,
     "demo": GROUND,
-    "runtime": GROUND | {"models", "masks"},
+    "runtime": GROUND | {"models", "masks", "checkpoint"},
     "cerebras": GROUND | {"models", "masks", "runtime"},
 }
 

@@ -6,7 +6,7 @@ from phoenix_sparse.finetuning.adapter import add_adapter, elastic_layers, save_
 from phoenix_sparse.finetuning.elastic import draw
 from phoenix_sparse.masks import inspect, require_preserved
 from phoenix_sparse.models import prunable_linears, save_model
-from phoenix_sparse.pruning.sequential import prune
+from phoenix_sparse.pruning.initialise import prune
 from phoenix_sparse.pruning.settings import SparsifySettings
 from tiny import CONFIGS, make_model
 

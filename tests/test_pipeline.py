@@ -290,7 +290,7 @@ def test_every_importance_leads_to_a_clean_merge(tmp_path, model_directory, task
     certificate = read_json(out / "certificate.json")
     assert certificate["off_mask_nonzeros"] == 0
     assert certificate["sparsity"] == pytest.approx(0.7, abs=0.02)
-    assert read_json(out / "allocation.json")["method"] == importance
+    assert read_json(out / "allocation.json")["importance"] == importance
     assert read_json(out / "flops.json")["decode"]["total"]["reduction"] > 1.2
     assert not (out / "baselines").exists()
 

@@ -44,7 +44,7 @@ def refusal(action) -> str:
         ("sparsify.sparsity=1.0", "sparsify.sparsity=1.0 should be less than 1"),
         ("sparsify.sparsity=-0.1", "sparsify.sparsity=-0.1 should be greater than or equal to 0"),
         ("sparsify.sparsity=half", "sparsify.sparsity='half' should be a valid number"),
-        ("sparsify.importance=wand", "sparsify.importance='wand' should be 'wanda', 'magnitude' or 'random'"),
+        ("sparsify.importance=wand", "sparsify.importance='wand': 'wand' is not known; use one of"),
         ("finetune.epochs=0", "finetune.epochs=0 should be greater than 0"),
         ("finetune.learning_rate=.nan", "finetune.learning_rate=nan should be"),
         ("finetune.max_steps=1.5", "finetune.max_steps=1.5 should be a valid integer"),

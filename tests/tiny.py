@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, OPTConfig, Qwen2Config
 
-from phoenix_sparse.pruning.sequential import prune
+from phoenix_sparse.pruning.initialise import prune
 from phoenix_sparse.pruning.settings import SparsifySettings
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from phoenix_sparse.commands import named_task, refuse_existing, say, set_up, workplace
+from phoenix_sparse.commands import SeveralValues, named_task, refuse_existing, say, set_up, workplace
 from phoenix_sparse.errors import PhoenixError
 
 app = typer.Typer(
@@ -84,7 +84,7 @@ def plan(recipe: RecipeFile, overrides: Overrides = None) -> None:
     OUT.print(plan_table(figures))
 
 
-@app.command()
+@app.command(cls=SeveralValues)
 def prune(
     model: Model,
     settings: Section = None,
@@ -92,29 +92,44 @@ def prune(
     out: Out,
     task: Annotated[str | None, typer.Option(help="calibrate on this task's examples")] = None,
     data: Data = None,
-    sparsity: Annotated[float, typer.Option(help="share of zeros")] = 0.5,
-    importance: Annotated[str, typer.Option(help="wanda, magnitude or random")] = "wanda",
+    sparsity: Annotated[
+        list[float] | None, typer.Option(metavar="SHARE ...", help="share of zeros, 0.5 unless given; or several")
+    ] = None,
+    importance: Annotated[
+        str | None,
+        typer.Option(help="wanda unless given, magnitude, random, ria, gradient, taylor, gblm or a registered one"),
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="masks only: unstructured, structured or random")] = None,
+    format: Annotated[str | None, typer.Option(help="masks only: pt, npz or safetensors")] = None,
+    plot: Annotated[bool, typer.Option("--plot", help="masks only: a histogram of each level")] = False,
+    compare: Annotated[
+        list[str] | None, typer.Option(metavar="SPEC ...", help="fine-tune and rank: wanda+owl sparsegpt magnitude+2:4")
+    ] = None,
     seed: Seed = 0,
     dtype: DtypeName = "auto",
     device: DeviceName = "auto",
 ) -> None:
-    """Step 1: prune a dense model. Writes masks.safetensors, allocation.json, plots/ and sparse/."""
-    from phoenix_sparse import steps
-    from phoenix_sparse.pipeline import model_directory
-    from phoenix_sparse.pruning.settings import SparsifySettings
-    from phoenix_sparse.recipe import check, override
+    """Step 1: prune a dense model. Writes masks.safetensors, allocation.json, plots/ and sparse/.
 
-    values = override({"sparsity": sparsity, "importance": importance}, settings or ())
-    chosen = check(SparsifySettings, values, "prune")
-    if chosen.importance == "wanda" and chosen.calibration.source == "task" and task is None:
-        raise PhoenixError(
-            "prune: wanda needs text to calibrate on; give --task, or calibration.source=text and a file"
-        )
-    refuse_existing(out / "masks.safetensors")
-    with set_up(dtype, device, seed, out) as machine:
-        examples = named_task(task, data, seed) if task else None
-        steps.sparsify(model_directory(model), examples, chosen, out, machine)
-    say(f"masks: {out / 'masks.safetensors'}", f"model: {out / 'sparse'}")
+    With several sparsities, --method, --format or --plot: masks only, of the dense model scored once. Writes
+    masks_sparsity50_unstructured.pt, stats_sparsity50_unstructured.json and so on for each sparsity.
+
+    With --compare: fine-tunes several initialisations for a short while in OUT/SPEC and ranks them by the validation
+    accuracy after it. A SPEC joins words by +: an importance, dsnot, sparsegpt or alps, owl, alphapruning or
+    evolutionary, a pattern. Writes compare.json; exits with 3 if one of them failed.
+    """
+    from phoenix_sparse.prune_forms import Given, prune_compared, prune_levels, prune_model
+
+    only_masks = method is not None or format is not None or plot
+    given = Given(model, settings or [], out, task, data, sparsity or [], importance, seed, dtype, device)
+    if compare:
+        if only_masks or importance is not None:
+            raise PhoenixError("prune: --compare takes no --importance, --method, --format or --plot; its SPECs say it")
+        prune_compared(given, compare)
+    elif only_masks or len(given.sparsity) > 1:
+        prune_levels(given, method=method, format=format, plot=plot)
+    else:
+        prune_model(given)
 
 
 @app.command()

@@ -2,13 +2,46 @@
 
 import hashlib
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from typer.core import TyperCommand
+
 from phoenix_sparse.errors import PhoenixError
+
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+
+
+class SeveralValues(TyperCommand):
+    """A command two of whose options take several values after one name: `--sparsity 0.5 0.7 --compare wanda ria`.
+
+    `--sparsity` takes the numbers that follow, `--compare` the words that are neither an option nor KEY=VALUE.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, list(_repeated(args, {"--sparsity": True, "--compare": False})))
+
+
+def _repeated(args: Iterable[str], numeric: dict[str, bool]) -> Iterator[str]:
+    """The arguments with an option's name before each of its values."""
+    option, values, rest = "", 0, False  # the option that is being read, and how many values it has
+    for word in args:
+        name, equals, _ = word.partition("=")
+        if rest or word == "--":  # nothing behind a bare -- is an option
+            rest = True
+        elif name in numeric:
+            option, values = name, 1 if equals else 0
+        elif option and values == 0:
+            values = 1
+        elif option and (NUMBER.fullmatch(word) if numeric[option] else not (word.startswith("-") or equals)):
+            yield option
+        else:
+            option = ""
+        yield word
 
 
 def named_task(name: str, data: Path | None, seed: int, **more: Any) -> Any:
@@ -30,13 +63,13 @@ def set_up(dtype: str, device: str, seed: int, out: Path | None) -> Iterator[Any
 
     options = check(steps.Common, {"dtype": dtype, "device": device, "seed": seed}, "options")
     if out is not None:
-        _require_writable(out)
+        require_writable(out)
     be_deterministic()
     with showing() as show:
         yield steps.Machine(options.dtype, options.device, options.seed, show.progress)
 
 
-def _require_writable(out: Path) -> None:
+def require_writable(out: Path) -> None:
     """Refuse a place that can't be written to before the work is done, not after it. Makes nothing."""
     here = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not here.is_dir():

@@ -1,12 +1,13 @@
 """Mask sets: one boolean tensor per pruned linear, True where a weight is kept.
 
 In memory a mask set is a plain `dict` from the linear's full name (`model.layers.0.self_attn.q_proj`) to a boolean
-tensor of its weight's shape (out, in). On disk it is one safetensors file with 8 weights a byte, the shapes and a
-checksum of the content in its header.
+tensor of its weight's shape (out, in). On disk it is one file (`.safetensors`, `.npz` or `.pt`) with 8 weights a
+byte, the shapes and a checksum of the content in its header.
 """
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,97 +18,154 @@ from torch import Tensor, nn
 
 from phoenix_sparse.errors import CheckFailed, PhoenixError, first_line
 from phoenix_sparse.files import atomic_path
+from phoenix_sparse.mask_formats import Packed, kind_of, read, write
 
 Masks = Mapping[str, Tensor]
+Shapes = Mapping[str, list[int]]
 
-FORMAT = "phoenix-masks"
 VERSION = "1"
 
 
-def save_mask(masks: Masks, path: Path | str, metadata: Mapping[str, Any] | None = None) -> str:
-    """Write a mask set and give its checksum.
+def save_mask(
+    masks: Masks, path: Path | str, metadata: Mapping[str, Any] | None = None, format: str | None = None
+) -> str:
+    """Write a mask set and give its checksum, which is the same in every format.
+
+    Equal masks and metadata give equal bytes; of a .pt file, under the same version of torch.
 
     Args:
-        masks: boolean tensors by layer name.
-        path: where the safetensors file goes.
+        masks: boolean tensors by layer name, on any device.
+        path: where the file goes; its suffix (.safetensors, .npz or .pt) chooses the format.
         metadata: JSON-serialisable facts to keep with it (method, sparsity, seed, ...).
-    """
-    from safetensors.torch import save_file
+        format: `safetensors`, `npz` or `pt`, for a path without a suffix.
 
-    _check_boolean(masks)
-    packed = {name: torch.from_numpy(_pack(mask)) for name, mask in sorted(masks.items())}
-    digest = masks_sha256(masks)
-    header = {
-        "version": VERSION,
-        "shapes": {name: list(masks[name].shape) for name in packed},
-        "sha256": digest,
-        "metadata": dict(metadata or {}),
-    }
-    with atomic_path(Path(path)) as temporary:
-        # One entry: safetensors writes several in random order, and equal masks must give equal files.
-        save_file(packed, temporary, metadata={FORMAT: json.dumps(header, sort_keys=True)})
+    Raises:
+        PhoenixError: another suffix, a tensor that is no mask, or metadata that JSON can't hold.
+    """
+    path = Path(path)
+    kind = kind_of(path, format)
+    _check_masks(masks)
+    packed = {name: _pack(mask) for name, mask in masks.items()}
+    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    digest = _digest(packed, shapes)
+    header = {"version": VERSION, "shapes": shapes, "sha256": digest, "metadata": dict(metadata or {})}
+    try:
+        text = json.dumps(header, sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PhoenixError(
+            f"masks: the metadata can't be written as JSON ({first_line(error)}); give plain values"
+        ) from error
+    with atomic_path(path) as temporary:
+        write(kind, temporary, packed, text)
     return digest
 
 
-def load_mask(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_mask(path: Path | str, format: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a mask set and its metadata; sizes, padding and checksum are checked before anything is used.
+
+    Args:
+        path: a file that `save_mask` wrote; its suffix tells the format.
+        format: `safetensors`, `npz` or `pt`, for a path without a suffix.
+
+    Returns:
+        Boolean tensors (out, in) on the CPU by layer name, and the metadata.
 
     Raises:
         PhoenixError: the file is missing, truncated, of another format, or its content isn't what was written.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path)
+    kind = kind_of(path, format)
     if not path.is_file():
-        raise PhoenixError(f"masks: {path} is not a file; give the masks.safetensors that pruning wrote")
+        raise PhoenixError(f"masks: {path} is not a file; give a mask file that pruning wrote")
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(FORMAT, "{}"))
-            if not isinstance(header, dict) or header.get("version") != VERSION:
-                raise PhoenixError(f"masks: {path} is not a mask file of version {VERSION} (its header says otherwise)")
-            shapes, metadata = dict(header["shapes"]), dict(header["metadata"])
-            if set(shapes) != set(file.keys()):
-                raise PhoenixError(f"masks: {path} is damaged: its header and its tensors name different layers")
-            masks = {name: _unpack(file.get_tensor(name), shapes[name], f"{path}: {name}") for name in sorted(shapes)}
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        text, packed = read(kind, path)
+        header = json.loads(text)
+        if not isinstance(header, dict) or header.get("version") != VERSION:
+            raise PhoenixError(f"masks: {path} is not a mask file of version {VERSION} (its header says otherwise)")
+        shapes, metadata = dict(header["shapes"]), dict(header["metadata"])
+        if set(shapes) != set(packed):
+            raise PhoenixError(f"masks: {path} is damaged: its header and its tensors name different layers")
+        for name, part in packed.items():
+            _check_size(part, shapes[name], f"{path}: {name}")
+        if _digest(packed, shapes) != header.get("sha256"):
+            raise PhoenixError(f"masks: {path} is damaged: its content does not match its checksum")
+        return {name: _unpack(packed[name], shapes[name], f"{path}: {name}") for name in sorted(shapes)}, metadata
+    except PhoenixError:
+        raise
+    except Exception as error:  # what three libraries raise over damaged bytes has no common name
         raise PhoenixError(f"masks: {path} is damaged or truncated ({first_line(error)})") from error
-    if masks_sha256(masks) != header.get("sha256"):
-        raise PhoenixError(f"masks: {path} is damaged: its content does not match its checksum")
-    return masks, metadata
 
 
 def masks_sha256(masks: Masks) -> str:
     """Hash the content of a mask set (names, shapes, bits), whatever file it lies in."""
-    digest = hashlib.sha256()
-    for name in sorted(masks):
-        digest.update(f"{name} {tuple(masks[name].shape)}\n".encode())
-        digest.update(_pack(masks[name]).tobytes())
-    return digest.hexdigest()
+    packed = {name: _pack(mask) for name, mask in masks.items()}
+    return _digest(packed, {name: list(mask.shape) for name, mask in masks.items()})
 
 
-def compute_sparsity_stats(masks: Masks) -> dict[str, Any]:
-    """Count kept weights: in all and per layer (`sparsity`, `nnz`, `shape`)."""
-    layers = {
-        name: {
-            "shape": list(mask.shape),
-            "nnz": int(mask.sum()),
-            "sparsity": 1 - int(mask.sum()) / max(mask.numel(), 1),
-        }
-        for name, mask in masks.items()
+def compute_sparsity_stats(masks: Masks | Tensor) -> dict[str, Any]:
+    """Count kept weights.
+
+    Args:
+        masks: a mask set, or one mask, which is then called `mask`.
+
+    Returns:
+        `sparsity`, `nnz` and `weights` of all layers together; `layers` (also `per_layer`): shape, nnz and sparsity by
+        layer name; `global`: the sparsity, and how the layers' sparsities spread (mean, standard deviation, extremes).
+    """
+    masks = {"mask": masks} if isinstance(masks, Tensor) else masks
+    layers: dict[str, dict[str, Any]] = {}
+    for name, mask in masks.items():
+        nnz = int(mask.count_nonzero())
+        layers[name] = {"shape": list(mask.shape), "nnz": nnz, "sparsity": 1 - nnz / max(mask.numel(), 1)}
+    total, kept = sum(mask.numel() for mask in masks.values()), sum(layer["nnz"] for layer in layers.values())
+    sparsity = 1 - kept / total if total else 0.0
+    each = [layer["sparsity"] for layer in layers.values()] or [0.0]
+    spread = {
+        "sparsity": sparsity,
+        "num_layers": len(layers),
+        "mean_layer_sparsity": float(np.mean(each)),
+        "std_layer_sparsity": float(np.std(each)),
+        "min_layer_sparsity": min(each),
+        "max_layer_sparsity": max(each),
     }
-    total, kept = sum(mask.numel() for mask in masks.values()), sum(int(mask.sum()) for mask in masks.values())
-    return {"sparsity": 1 - kept / max(total, 1), "nnz": kept, "weights": total, "layers": layers}
+    return {
+        "sparsity": sparsity,
+        "nnz": kept,
+        "weights": total,
+        "layers": layers,
+        "per_layer": layers,
+        "global": spread,
+    }
 
 
-def validate_mask(masks: Masks, expected_sparsity: float, tolerance: float = 0.01) -> tuple[bool, dict[str, Any]]:
-    """Say whether the overall sparsity is as expected and no layer is dead, with the statistics."""
+def validate_mask(
+    masks: Masks | Tensor, expected_sparsity: float | None = None, tolerance: float = 0.01
+) -> tuple[bool, dict[str, Any]]:
+    """Say whether masks are boolean, of the expected overall sparsity (unless None), and leave no layer dead.
+
+    Args:
+        masks: a mask set, or one mask.
+        expected_sparsity: share of zeros.
+        tolerance: the largest difference from it that is still right.
+
+    Returns:
+        The verdict and the statistics, with `dead_layers`, and with the reason as `error` where the verdict is no.
+    """
+    masks = {"mask": masks} if isinstance(masks, Tensor) else masks
     stats = compute_sparsity_stats(masks)
     stats["dead_layers"] = [name for name, layer in stats["layers"].items() if layer["nnz"] == 0]
-    close = abs(stats["sparsity"] - expected_sparsity) <= tolerance
-    return close and not stats["dead_layers"], stats
+    wrong = [f"{name} is {mask.dtype}, not boolean" for name, mask in masks.items() if mask.dtype != torch.bool]
+    if not masks:
+        wrong.append("there are no masks")
+    if expected_sparsity is not None and not abs(stats["sparsity"] - expected_sparsity) <= tolerance:
+        wrong.append(f"the sparsity is {stats['sparsity']:.4f}, not {expected_sparsity:.4f} ± {tolerance:g}")
+    wrong += [f"{name} keeps nothing" for name in stats["dead_layers"]]
+    if wrong:
+        stats["error"] = "; ".join(wrong)
+    return not wrong, stats
 
 
-def plot_sparsity_histogram(masks: Masks, path: Path | str) -> None:
+def plot_sparsity_histogram(masks: Masks, save_path: Path | str) -> None:
     """Draw the sparsity of every layer (bars, in model order) and how layers spread over it (histogram)."""
     from matplotlib.figure import Figure
 
@@ -119,8 +177,8 @@ def plot_sparsity_histogram(masks: Masks, path: Path | str) -> None:
     bars.set(xlabel="layer, in model order", ylabel="sparsity (share of zeros)", ylim=(0, 1))
     spread.hist(values, bins=20, range=(0, 1), color="0.35")
     spread.set(xlabel="sparsity (share of zeros)", ylabel="layers")
-    with atomic_path(Path(path)) as temporary:
-        figure.savefig(temporary, format=Path(path).suffix.lstrip(".") or "png", dpi=120)
+    with atomic_path(Path(save_path)) as temporary:
+        figure.savefig(temporary, format=Path(save_path).suffix.lstrip(".") or "png", dpi=120)
 
 
 def check_fit(masks: Masks, layers: Mapping[str, nn.Linear]) -> None:
@@ -186,23 +244,39 @@ def require_preserved(masks: Masks, layers: Mapping[str, nn.Linear], where: str)
     return report
 
 
-def _check_boolean(masks: Masks) -> None:
+def _check_masks(masks: Masks) -> None:
     for name, mask in masks.items():
         if mask.dtype != torch.bool:
             raise PhoenixError(f"masks: {name} is {mask.dtype}, not boolean")
+        if not mask.numel() or not mask.dim():
+            raise PhoenixError(f"masks: {name} has shape {tuple(mask.shape)}; a mask is of at least one weight")
+        if not name.isprintable() or not name:
+            raise PhoenixError(f"masks: {name!r} is no layer's name")
+
+
+def _digest(packed: Packed, shapes: Shapes) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(packed):
+        digest.update(f"{name} {tuple(shapes[name])}\n".encode())
+        digest.update(packed[name].data)
+    return digest.hexdigest()
 
 
 def _pack(mask: Tensor) -> np.ndarray:
     return np.packbits(mask.detach().cpu().numpy().reshape(-1), bitorder="little")
 
 
-def _unpack(packed: Tensor, shape: Any, where: str) -> Tensor:
+def _check_size(packed: np.ndarray, shape: Any, where: str) -> None:
     if not (isinstance(shape, list) and shape and all(type(n) is int and n > 0 for n in shape)):
         raise PhoenixError(f"masks: {where} has no valid shape")
-    count = int(np.prod(shape, dtype=object))
-    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() != (count + 7) // 8:
-        raise PhoenixError(f"masks: {where} has not the {(count + 7) // 8} bytes that its shape {tuple(shape)} needs")
-    bits = np.unpackbits(packed.numpy(), bitorder="little")
+    needed = (math.prod(shape) + 7) // 8
+    if packed.size != needed:
+        raise PhoenixError(f"masks: {where} has not the {needed} bytes that its shape {tuple(shape)} needs")
+
+
+def _unpack(packed: np.ndarray, shape: list[int], where: str) -> Tensor:
+    count = math.prod(shape)
+    bits = np.unpackbits(packed, bitorder="little")
     if bits[count:].any():
         raise PhoenixError(f"masks: {where} has bits set beyond its last weight")
-    return torch.from_numpy(bits[:count].astype(bool)).reshape(shape)
+    return torch.from_numpy(bits[:count].view(bool)).reshape(shape)

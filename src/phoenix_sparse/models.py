@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from phoenix_sparse.checkpoint import INDEX, SINGLE, check_finite_tensor
 from phoenix_sparse.errors import PhoenixError, first_line
 from phoenix_sparse.files import atomic_path
 from phoenix_sparse.settings import Device, Dtype
@@ -17,7 +18,7 @@ LIBRARY_ERRORS = (
 )
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 OTHER_COPIES = ["consolidated*", "*/*", "*.fp16.*"]  # of the same weights, in some repositories
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+WEIGHTS = (SINGLE, INDEX)
 
 
 def find_model(name: str) -> Path:
@@ -58,7 +59,12 @@ def find_device(device: Device) -> torch.device:
     return torch.device(device)
 
 
-def load_config(directory: Path) -> Any:
+def load_config(directory: Path, *, packed: bool = False) -> Any:
+    """Read config.json.
+
+    Raises:
+        PhoenixError: it is no model's, or the model is quantized; one that `phx pack` wrote only with `packed`.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -66,7 +72,11 @@ def load_config(directory: Path) -> Any:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (*LIBRARY_ERRORS, StrictDataclassError) as error:
         raise PhoenixError(f"{directory}/config.json: not a model configuration ({first_line(error)})") from error
-    if getattr(config, "quantization_config", None):
+    entry = getattr(config, "quantization_config", None)
+    if isinstance(entry, dict) and entry.get("quant_method") == "phoenix_sparse":
+        if not packed:
+            raise PhoenixError(f"{directory}: a packed model; `phx unpack` gives the model that this step reads")
+    elif entry:
         raise PhoenixError(f"{directory}: the model is quantized (quantization_config); give the unquantized model")
     return config
 
@@ -102,7 +112,7 @@ def load_model(directory: Path, dtype: Dtype = "auto", device: Device = "auto") 
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             config=config,
-            dtype=_choose_dtype(config, dtype, place),
+            dtype=choose_dtype(config, dtype, place),
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -132,7 +142,8 @@ def _is_block_weight(key: str, model: nn.Module) -> bool:
     return key.startswith(f"{blocks}.") and key.endswith(".weight")
 
 
-def _choose_dtype(config: Any, dtype: Dtype, device: torch.device) -> torch.dtype:
+def choose_dtype(config: Any, dtype: Dtype, device: torch.device) -> torch.dtype:
+    """The dtype to compute in, as `load_model` says."""
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     stored = getattr(config, "dtype", None) or torch.float32
@@ -144,9 +155,7 @@ def _choose_dtype(config: Any, dtype: Dtype, device: torch.device) -> torch.dtyp
 def check_finite(model: nn.Module, where: Path | str) -> None:
     """Refuse a model with a weight that is NaN or infinite, by the weight's name."""
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            count = int((~torch.isfinite(parameter)).sum())
-            raise PhoenixError(f"{where}: {name} has {count} weights that are NaN or infinite; a model must be finite")
+        check_finite_tensor(parameter, name, where)
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -51,7 +51,10 @@ def run(
         this.describe(model={"path": recipe.model, "sha256": sha256(model)}, task=task.record(), texts=texts)
 
         # 1. Adaptive sparsity initialisation: which weights can the task do without?
-        this.stage("sparsify", lambda: steps.sparsify(model, task, recipe.sparsify, this.directory, machine))
+        this.stage(
+            "sparsify",
+            lambda: steps.sparsify(model, task, recipe.sparsify, this.directory, machine, work=this.work("sparsify")),
+        )
 
         # 2. Sparsity-aware fine-tuning through the mask, and the search for the best sub-adapter.
         this.stage("finetune", lambda: _finetune(this, recipe, task, machine))

@@ -13,6 +13,7 @@ from phoenix_sparse.finetuning.settings import FinetuneSettings, SearchSettings
 from phoenix_sparse.masks import Masks, compute_sparsity_stats, load_mask, plot_sparsity_histogram, save_mask
 from phoenix_sparse.models import (
     empty_model,
+    find_device,
     fit_tokenizer,
     load_config,
     load_model,
@@ -60,32 +61,100 @@ class Machine:
         return model, tokenizer
 
 
-def sparsify(source: Path, task: Task | None, settings: SparsifySettings, out: Path, machine: Machine) -> list[str]:
-    """Step 1: prune the dense model. Writes masks.safetensors, allocation.json, plots/ and sparse/."""
-    from phoenix_sparse.pruning.calibration import calibration_tokens
-    from phoenix_sparse.pruning.sequential import prune
+def sparsify(
+    source: Path, task: Task | None, settings: SparsifySettings, out: Path, machine: Machine, *, work: Path
+) -> list[str]:
+    """Step 1: prune the dense model. Writes masks.safetensors, allocation.json, plots/ and sparse/.
 
-    model, tokenizer = machine.open(source)
-    tokens = None
-    if settings.importance == "wanda":
-        examples = [example.prompt + example.completion for example in task.train] if task else []
-        longest = getattr(model.config, "max_position_embeddings", settings.calibration.length)
-        tokens = calibration_tokens(settings.calibration, examples, tokenizer, max_length=longest, seed=machine.seed)
-    masks = prune(model, settings, tokens=tokens, seed=machine.seed, progress=machine.progress)
-    stats = compute_sparsity_stats(masks)
+    Blocks are streamed from the model's files where these allow it, and finished ones are kept in `work`.
+    """
+    from phoenix_sparse.pruning.initialise import initialise
+    from phoenix_sparse.pruning.streaming import FinishedBlocks, StreamedBlocks, write_model
+
+    blocks, tokenizer = open_blocks(source, settings, machine)
+    calibration = calibrate(source, task, settings, tokenizer, machine)
+    masks, shares = initialise(blocks, settings, calibration, seed=machine.seed, work=work, progress=machine.progress)
     facts = {
         "importance": settings.importance,
+        "update": settings.update,
+        "pattern": settings.pattern,
         "group": settings.comparison_group,
         "target_sparsity": settings.sparsity,
         "seed": machine.seed,
+    } | calibration_facts(calibration)
+    save_mask(masks, out / "masks.safetensors", facts)
+    method = settings.allocation if isinstance(settings.allocation, str) else "explicit"
+    stats = compute_sparsity_stats(masks)
+    write_json(
+        out / "allocation.json", {"method": method, "allocation": shares.sparsity} | facts | stats | shares.found
+    )
+    plot_sparsity_histogram(masks, out / "plots" / "sparsity.png")
+    if isinstance(blocks, StreamedBlocks):
+        write_model(blocks, FinishedBlocks(work / "blocks"), tokenizer, out / "sparse")
+    else:
+        save_model(blocks.model, tokenizer, out / "sparse")
+    return ["masks.safetensors", "allocation.json", "plots", "sparse"]
+
+
+def open_blocks(source: Path, settings: SparsifySettings, machine: Machine) -> tuple[Any, Any]:
+    """The blocks of a model, streamed from its files where they and the method allow it, and its tokenizer.
+
+    Raises:
+        PhoenixError: a weight is NaN or infinite, or the pattern doesn't divide a layer: told now, not when pruning
+            has come to the block.
+    """
+    from phoenix_sparse.pruning.blocks import Blocks
+    from phoenix_sparse.pruning.streaming import open_streamed
+
+    streamed = None
+    if settings.allocation != "evolutionary":  # which runs the whole model again and again
+        streamed = open_streamed(source, machine.dtype, find_device(machine.device))
+    if streamed is not None:
+        for name in filter(streamed.in_block, streamed.checkpoint.shapes):
+            streamed.checkpoint.tensors({name: name})  # reads and checks it, one at a time
+    blocks = streamed or Blocks(machine.load(source))
+    for name, layer in prunable_linears(blocks.model).items():
+        settings.parsed_pattern.check(name, (layer.out_features, layer.in_features))
+    tokenizer = load_tokenizer(source)
+    fit_tokenizer(blocks.model, tokenizer, source)
+    return blocks, tokenizer
+
+
+def calibrate(source: Path, task: Task | None, settings: SparsifySettings, tokenizer: Any, machine: Machine) -> Any:
+    """What the settings measure on, from the task's training examples or a text."""
+    from phoenix_sparse.finetuning.examples import tokenize
+    from phoenix_sparse.pruning.calibration import (
+        calibration_tokens,
+        choose_examples,
+        labelled_calibration_tokens,
+    )
+    from phoenix_sparse.pruning.initialise import Calibration
+
+    longest, wanted = _longest(source), settings.calibration
+    tokens, labels, rows = None, None, list[dict[str, list[int]]]()
+    if settings.allocation == "evolutionary" and task is not None and wanted.source == "task":
+        # Candidates are judged by the task's completions.
+        pairs = [(example.prompt, example.completion) for example in task.train]
+        tokens, labels = labelled_calibration_tokens(wanted, pairs, tokenizer, max_length=longest, seed=machine.seed)
+    elif settings.reads_tokens:
+        examples = [example.prompt + example.completion for example in task.train] if task else []
+        tokens = calibration_tokens(wanted, examples, tokenizer, max_length=longest, seed=machine.seed)
+    if settings.reads_gradients:
+        if task is None:
+            raise PhoenixError(f"sparsify: {settings.importance} needs the gradients of a task's loss; give a task")
+        chosen = choose_examples(task.train, settings.calibration.samples, machine.seed)
+        rows = tokenize(chosen, tokenizer, min(settings.calibration.length, longest))
+    return Calibration(tokens, labels, rows)
+
+
+def calibration_facts(calibration: Any) -> dict[str, int | None]:
+    """How much was measured on, as files keep it."""
+    tokens = calibration.tokens
+    return {
         "calibration_sequences": None if tokens is None else tokens.shape[0],
         "calibration_length": None if tokens is None else tokens.shape[1],
+        "calibration_examples": len(calibration.rows) or None,
     }
-    save_mask(masks, out / "masks.safetensors", facts)
-    write_json(out / "allocation.json", {"method": settings.importance} | facts | stats)
-    plot_sparsity_histogram(masks, out / "plots" / "sparsity.png")
-    save_model(model, tokenizer, out / "sparse")
-    return ["masks.safetensors", "allocation.json", "plots", "sparse"]
 
 
 def tune(
@@ -269,14 +338,14 @@ def merge_dense(source: Path, adapter: Path, out: Path, machine: Machine) -> Non
 
 
 def evaluate(source: Path, task: Task | None, settings: EvaluateSettings, out: Path, machine: Machine) -> list[str]:
-    """Score a model on a task's test split and on a text, where they are given. Writes eval.json, perplexity.json."""
+    """Score a model on a split of a task and on a text, where they are given. Writes eval.json, perplexity.json."""
     from phoenix_sparse.evaluation import harness
 
     model, tokenizer = machine.open(source)
     written = []
     if task is not None:
         results = harness.evaluate(
-            model, tokenizer, task, split="test", batch_size=settings.batch_size, seed=machine.seed
+            model, tokenizer, task, split=settings.split, batch_size=settings.batch_size, seed=machine.seed
         )
         write_json(out / "eval.json", results)
         written.append("eval.json")

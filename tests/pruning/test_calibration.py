@@ -2,9 +2,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from phoenix_sparse import demo
 from phoenix_sparse.errors import PhoenixError
-from phoenix_sparse.pruning.calibration import calibration_tokens
+from phoenix_sparse.pruning.calibration import (
+    calibration_tokens,
+    choose_examples,
+    labelled_calibration_tokens,
+)
 from phoenix_sparse.pruning.settings import CalibrationSettings
 
 
@@ -72,3 +78,33 @@ def test_text_comes_from_a_file(tokenizer, tmp_path):
     missing = CalibrationSettings(source="text", text=tmp_path / "none.txt")
     with pytest.raises(PhoenixError, match=r"none\.txt can't be read"):
         calibration_tokens(missing, [], tokenizer, max_length=256, seed=0)
+
+
+def test_examples_are_chosen_by_the_seed():
+    examples = [f"example {number}" for number in range(50)]
+    chosen = choose_examples(examples, 20, seed=1)
+    assert len(chosen) == len(set(chosen)) == 20
+    assert set(chosen) <= set(examples)
+    assert choose_examples(examples, 20, seed=1) == chosen
+    assert set(choose_examples(examples, 20, seed=2)) != set(chosen)
+    assert chosen[:5] == choose_examples(examples, 5, seed=1)  # more of them are the same ones and others
+
+
+def test_where_there_are_no_more_examples_all_are_chosen():
+    assert sorted(choose_examples(["a", "b", "c"], 7, seed=0)) == ["a", "b", "c"]
+    assert choose_examples([], 7, seed=0) == []
+
+
+def test_labels_mark_completions_of_the_same_tokens():
+    tokenizer = AutoTokenizer.from_pretrained(demo.model_directory())
+    pairs = [(f"Ann has {n} apples. How many?", f" {n} apples\n#### {n}") for n in range(40)]
+    chosen = CalibrationSettings(samples=4, length=64)
+    tokens, labels = labelled_calibration_tokens(chosen, pairs, tokenizer, max_length=256, seed=3)
+    plain = calibration_tokens(chosen, [p + c for p, c in pairs], tokenizer, max_length=256, seed=3)
+    assert torch.equal(tokens, plain)
+    counted = labels != -100
+    assert torch.equal(labels[counted], tokens[counted])
+    assert 0.2 < float(counted.float().mean()) < 0.8
+    shown = tokenizer.decode(tokens[0][counted[0]])
+    assert "####" in shown
+    assert "Ann" not in shown

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from phoenix_sparse.errors import PhoenixError
-from phoenix_sparse.report import flops_table, plan_table, summary_table
+from phoenix_sparse.report import compare_table, flops_table, plan_table, summary_table
 
 Write = Callable[[dict[str, Any]], Path]
 
@@ -62,3 +62,20 @@ def test_plan() -> None:
     text = printed(plan_table(figures))
     for expected in ("8.03 G", "224", "3.0 GiB", "2 h 02 min", "memory", "time", "training, at least"):
         assert expected in text
+
+
+def test_comparison() -> None:
+    def score(accuracy: float) -> dict[str, Any]:
+        where = {"metric": "acc,none", "task": "t", "split": "validation", "examples": 9, "num_fewshot": 0}
+        return {"accuracy": accuracy, "stderr": 0.014, **where}
+
+    done = {"sparsity": 0.5, "rank_before": 2, "rank_after": 1, "pruning_seconds": 65.0}
+    entries = [
+        {"spec": "wanda+owl", "before": score(0.123), "after": score(0.456), **done},
+        {"spec": "[b]16x1", "error": "it does not divide"},
+    ]
+    text = printed(compare_table({"split": "validation", "specs": entries}))
+    for expected in ("validation split", "wanda+owl", "50.0%", "12.3% ± 1.4", "2.", "45.6% ± 1.4", "1.", "1 min 05 s"):
+        assert expected in text
+    assert "[b]16x1" in text
+    assert "failed" in text

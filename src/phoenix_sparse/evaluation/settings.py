@@ -21,6 +21,9 @@ class PerplexitySettings(Settings):
 class EvaluateSettings(Settings):
     """Which models are compared, and how."""
 
+    split: Literal["test", "validation"] = Field(
+        "test", description="validation: to choose between runs by, so that the test split stays unseen"
+    )
     batch_size: int = Field(32, ge=1, description="prompts at once")
     baselines: tuple[Baseline, ...] = Field(
         ("dense", "pruned", "dense_lora"), description="models that stand beside the result"

@@ -1,7 +1,7 @@
 """Calibration tokens: the task's own examples packed without padding, or passages of a text, all of one length."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -9,6 +9,8 @@ from torch import Tensor
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import read_text
 from phoenix_sparse.pruning.settings import CalibrationSettings
+
+T = TypeVar("T")
 
 
 def calibration_tokens(
@@ -37,17 +39,65 @@ def calibration_tokens(
         # Windows from anywhere in the text, as the Wanda repository draws them.
         starts = torch.randint(0, len(stream) - length + 1, (settings.samples,), generator=generator).tolist()
         return torch.tensor([stream[start : start + length] for start in starts])
-    documents = list(examples)
-    needed, stream = settings.samples * length, list[int]()
+    stream, _ = _packed(settings.samples * length, [("", text) for text in examples], tokenizer, generator)
+    _require(len(stream), length)
+    return _rows(stream, settings.samples, length)
+
+
+def labelled_calibration_tokens(
+    settings: CalibrationSettings,
+    examples: Iterable[tuple[str, str]],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """The task's calibration sequences, and which of their tokens are completions.
+
+    Args:
+        settings: how many, how long.
+        examples: the prompt and the completion of each training example.
+        tokenizer: as for `calibration_tokens`, which gives the same tokens.
+        max_length: the longest sequence that the model can read.
+        seed: chooses the examples.
+
+    Returns:
+        Tokens and labels, both (sequences, tokens) int64; labels are -100 on prompts.
+    """
+    length = min(settings.length, max_length)
+    parts = [(prompt, prompt + completion) for prompt, completion in examples]
+    stream, labels = _packed(settings.samples * length, parts, tokenizer, torch.Generator().manual_seed(seed))
+    _require(len(stream), length)
+    return _rows(stream, settings.samples, length), _rows(labels, settings.samples, length)
+
+
+def _packed(
+    needed: int, documents: list[tuple[str, str]], tokenizer: Any, generator: torch.Generator
+) -> tuple[list[int], list[int]]:
+    """Tokens of documents (what to hide of it, the whole) in a drawn order, and labels: -100 where hidden."""
+    stream, labels = list[int](), list[int]()
     for index in torch.randperm(len(documents), generator=generator).tolist():
+        hidden, whole = documents[index]
         # As in training: with the tokenizer's own special tokens, and the end-of-text token at the end.
-        ids = tokenizer(documents[index]).input_ids
-        stream += ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+        ids = tokenizer(whole).input_ids
+        ids = ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+        first = min(len(tokenizer(hidden).input_ids), len(ids) - 1) if hidden else 0
+        stream += ids
+        labels += [-100] * first + ids[first:]
         if len(stream) >= needed:
             break
-    _require(len(stream), length)
-    rows = min(settings.samples, len(stream) // length)
+    return stream, labels
+
+
+def _rows(stream: list[int], samples: int, length: int) -> Tensor:
+    rows = min(samples, len(stream) // length)
     return torch.tensor(stream[: rows * length]).reshape(rows, length)
+
+
+def choose_examples(examples: Sequence[T], count: int, seed: int) -> list[T]:
+    """Some examples, or all where there are no more, in an order that the seed draws."""
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [examples[index] for index in order[:count]]
 
 
 def _require(tokens: int, length: int) -> None:

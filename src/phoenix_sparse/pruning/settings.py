@@ -1,14 +1,20 @@
 """What a recipe says about pruning."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.pruning.patterns import Pattern, parse_pattern
 from phoenix_sparse.settings import Settings
 
-Importance = Literal["wanda", "magnitude", "random"]
 Group = Literal["row", "layer", "global"]
+Update = Literal["none", "dsnot", "sparsegpt", "alps"]
+CHOOSING = ("sparsegpt", "alps")  # updates that choose the weights themselves, by scores of their own
+Method = Literal["uniform", "owl", "alphapruning", "evolutionary"]
+LayerSparsity = Annotated[float, Field(ge=0, lt=1)]
 
 
 class CalibrationSettings(Settings):
@@ -18,7 +24,7 @@ class CalibrationSettings(Settings):
         "task", description="the task's own prompts and completions, or a text file"
     )
     text: Path | None = Field(None, description="the text file (UTF-8), for source: text")
-    samples: int = Field(128, ge=1, description="sequences")
+    samples: int = Field(128, ge=1, description="sequences; for gradients, examples of the task")
     length: int = Field(512, ge=8, description="tokens in a sequence")
 
     @model_validator(mode="after")
@@ -28,19 +34,152 @@ class CalibrationSettings(Settings):
         return self
 
 
+class EvolutionSettings(Settings):
+    """The search of allocation: evolutionary."""
+
+    budget: int = Field(1000, ge=1, description="evaluations, on however few sequences")
+    offspring: int = Field(32, ge=1, description="allocations tried in a generation")
+    fitness: Literal["kl", "loss"] = Field("kl", description="divergence from the dense model, or the task's own loss")
+    sequences: tuple[int, int, int] = Field(
+        (4, 16, 64), description="calibration sequences on which all, the better and the best of them are judged"
+    )
+    moves: int = Field(3, ge=1, description="levels that a child moves at most")
+
+    @field_validator("sequences", mode="before")
+    @classmethod
+    def _rising(cls, sequences: Any) -> Any:
+        numbers = sequences if isinstance(sequences, list | tuple) else ()
+        whole = len(numbers) == 3 and all(type(number) is int for number in numbers)
+        if not whole or not 0 < numbers[0] <= numbers[1] <= numbers[2]:
+            raise ValueError("needs three rising numbers from 1 up, such as [4, 16, 64]")
+        return sequences
+
+
 class SparsifySettings(Settings):
     """How the dense model is pruned."""
 
     sparsity: float = Field(0.5, ge=0, lt=1, description="share of zeros in the pruned linears; 1 would leave no model")
-    importance: Importance = Field("wanda", description="how a weight's importance is scored")
+    importance: str = Field(
+        "wanda",
+        description="how a weight's importance is scored: magnitude, random, wanda, ria, gradient, taylor, gblm, or a "
+        "registered name; the updates sparsegpt and alps have scores of their own (with allocation: evolutionary, the "
+        "search scores by this one)",
+    )
+    update: Update = Field(
+        "none", description="dsnot swaps kept weights, sparsegpt and alps choose them and adjust those that stay"
+    )
+    pattern: str = Field("unstructured", description="unstructured, N:M (2:4 keeps 2 of 4), 16x1 blocks, or structured")
     group: Group | None = Field(
         None,
         description="weights that compete with each other: those of an output row, of a layer, or of the whole model; "
-        "row for wanda and layer for the others, unless given",
+        "row for importances that count inputs and layer for the others, unless given",
     )
-    allocation: Literal["uniform"] = Field("uniform", description="how the sparsity is shared out among layers")
+    allocation: Method | dict[str, LayerSparsity] | tuple[LayerSparsity, ...] = Field(
+        "uniform",
+        description="how the sparsity is shared out: uniform, owl, alphapruning, evolutionary, a sparsity by pattern "
+        'of layer names ({"*.o_proj": 0.4}; the others share what is left), or one for each decoder block',
+    )
+    evolution: EvolutionSettings = EvolutionSettings()
     calibration: CalibrationSettings = CalibrationSettings()
+
+    @field_validator("importance")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        from phoenix_sparse.pruning.importance import find_importance
+
+        try:
+            find_importance(name)
+        except PhoenixError as error:  # told with the field, like all that pydantic finds
+            raise ValueError(str(error).removeprefix("importance: ")) from error
+        return name
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _unquoted(cls, value: Any) -> Any:
+        """YAML reads 2:4 without quotes as a number of base 60, 124."""
+        return f"{value // 60}:{value % 60}" if type(value) is int and value >= 60 else value
+
+    @field_validator("pattern")
+    @classmethod
+    def _readable(cls, text: str) -> str:
+        try:
+            parse_pattern(text)
+        except PhoenixError as error:
+            raise ValueError(str(error).removeprefix("sparsify.pattern: ")) from error
+        return text
+
+    @field_validator("allocation", mode="before")
+    @classmethod
+    def _one_of_three(cls, value: Any) -> Any:
+        """Say at once what is wrong, instead of once for each kind of value."""
+        kinds = (
+            f"{', '.join(get_args(Method))}, a sparsity by pattern of layer names such as {{'*.o_proj': 0.4}}, or one "
+            "for each decoder block such as [0.4, 0.6]"
+        )
+        if isinstance(value, str) and value in get_args(Method):
+            return value
+        if isinstance(value, Mapping):
+            given = dict(value)
+        elif isinstance(value, list | tuple):
+            given = {f"block {index}": one for index, one in enumerate(value)}
+        else:
+            raise ValueError(f"use {kinds}")
+        for name, one in given.items():
+            if not isinstance(name, str) or isinstance(one, bool) or not isinstance(one, int | float):
+                raise ValueError(f"{name!r} is given {one!r}; use {kinds}")
+            if not 0 <= one < 1:
+                raise ValueError(f"{name!r} is given {one!r}; a sparsity is from 0 to below 1")
+        return value
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        kind = self.parsed_pattern.kind
+        if kind == "n:m" and abs(self.sparsity - self.parsed_pattern.sparsity) > 0.005:
+            raise ValueError(
+                f"pattern: {self.pattern} is sparsity {self.parsed_pattern.sparsity:.4g}; set sparsity to that"
+            )
+        if kind != "unstructured" and self.group is not None:
+            raise ValueError(f"group: the pattern {self.pattern} has its own; leave group out")
+        if kind in ("n:m", "structured") and self.allocation != "uniform":
+            raise ValueError(f"allocation: the pattern {self.pattern} gives each layer its share; use uniform")
+        if self.update != "none" and kind in ("block", "structured"):
+            raise ValueError(f"update: {self.update} works with unstructured and N:M patterns; use update=none")
+        if self.group == "global" and (self.update != "none" or self.allocation != "uniform"):
+            raise ValueError("group: global shares out by one threshold; use update=none, allocation=uniform")
+        if self.group is not None and self.update in CHOOSING:
+            raise ValueError(f"group: {self.update} compares weights in its own way; leave group out")
+        return self
+
+    @property
+    def parsed_pattern(self) -> Pattern:
+        return parse_pattern(self.pattern)
 
     @property
     def comparison_group(self) -> Group:
-        return self.group or ("row" if self.importance == "wanda" else "layer")
+        if self.parsed_pattern.kind != "unstructured":
+            return "layer"
+        if self.group is not None:
+            return self.group
+        from phoenix_sparse.pruning.importance import find_importance
+
+        by_row = find_importance(self.importance).per_row and self.update not in CHOOSING
+        return "row" if by_row else "layer"
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether anything of it is measured on calibration tokens."""
+        from phoenix_sparse.pruning.importance import find_importance
+
+        return (
+            find_importance(self.importance).inputs
+            or self.update != "none"
+            or self.allocation in ("owl", "evolutionary")
+        )
+
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether the task's loss has to be differentiated."""
+        from phoenix_sparse.pruning.importance import find_importance
+
+        scored = self.update not in CHOOSING or self.allocation == "evolutionary"
+        return find_importance(self.importance).gradients and scored

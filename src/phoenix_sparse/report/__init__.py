@@ -1,6 +1,6 @@
 """What came out of a run: one HTML file, a model card, tables in the terminal."""
 
 from phoenix_sparse.report.build import build_report
-from phoenix_sparse.report.tables import flops_table, plan_table, summary_table
+from phoenix_sparse.report.tables import compare_table, flops_table, plan_table, summary_table
 
-__all__ = ["build_report", "flops_table", "plan_table", "summary_table"]
+__all__ = ["build_report", "compare_table", "flops_table", "plan_table", "summary_table"]

@@ -1,4 +1,4 @@
-"""Tables for the terminal: how a run ended, a count of FLOPs, a plan."""
+"""Tables for the terminal: how a run ended, a count of FLOPs, a plan, a comparison of initialisations."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.report.facts import ROLES, read_facts
-from phoenix_sparse.report.records import Flops
+from phoenix_sparse.report.records import Accuracy, Flops
 from phoenix_sparse.report.text import MISSING, accuracy, number, percent, scaled, seconds, size, times
 
 if TYPE_CHECKING:
@@ -101,4 +101,30 @@ def plan_table(figures: Mapping[str, Mapping[str, float]]) -> "Table":
                 text = scaled(value) if value >= 1e9 else number(value)
             table.add_row(titles.get(group, group) if index == 0 else "", Text(name), text)
         table.add_section()
+    return table
+
+
+def compare_table(compared: Mapping[str, Any]) -> "Table":
+    """A comparison of initialisations, from what `compare` writes: the best after the fine-tune first."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    title = f"Accuracy on the {compared['split']} split before and after the fine-tune, with ranks"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("initialisation", overflow="fold")
+    for heading in ("sparsity", "before", "", "after", "", "pruning"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for entry in compared["specs"]:
+        name = Text(entry["spec"])
+        if "error" in entry:
+            table.add_row(name, Text("failed", style="red"))
+            continue
+        table.add_row(
+            name,
+            percent(entry["sparsity"]),
+            *(accuracy(Accuracy.model_validate(entry["before"])), f"{entry['rank_before']}."),
+            *(Text(accuracy(Accuracy.model_validate(entry["after"])), style="bold"), f"{entry['rank_after']}."),
+            seconds(entry["pruning_seconds"]),
+        )
     return table
