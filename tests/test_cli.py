@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from phoenix_sparse import cli, commands
 from phoenix_sparse.files import read_json
 from phoenix_sparse.masks import load_mask, save_mask, validate_mask
+from phoenix_sparse.models import load_model
 
 ON_A_MACHINE = ["--seed", "--dtype", "--device"]
 OPTIONS = {
@@ -35,12 +36,24 @@ OPTIONS = {
     ],
     "flops": ["--masks", "--out", "--prompt-length", "--context-length"],
     "report": [],
+    "shrink": ["--masks", "--out", "--dtype", "--device"],
+    "pack": ["--out", "--values"],
+    "unpack": ["--out"],
+    "generate": ["--max-new-tokens", "--dtype", "--device"],
+    "bench": [
+        *("--batch", "--prompt", "--tokens", "--repeats", "--layers", "--values", "--threads", "--out"),
+        *("--dtype", "--device"),
+    ],
 }
 ARGUMENTS = {
     **{name: ["recipe", "overrides"] for name in ("run", "plan")},
     **{name: ["model", "settings"] for name in ("prune", "tune", "search")},
-    **{name: ["model"] for name in ("merge", "validate", "eval", "flops")},
+    **{name: ["model"] for name in ("merge", "validate", "eval", "flops", "shrink")},
     "report": ["directory"],
+    "pack": ["model"],
+    "unpack": ["directory"],
+    "generate": ["model", "prompt"],
+    "bench": ["model"],
 }
 
 
@@ -255,6 +268,23 @@ def test_one_filled_zero_is_found(chain, phx, tmp_path):
     assert f"1 non-zeros off the mask in 1 of 14 layers, {name} first (1)" in errors[0]
 
 
+def test_a_structured_model_gets_smaller(phx, tmp_path, model_directory):
+    few = ("--importance", "magnitude", "--sparsity", 0.4)
+    assert phx("prune", model_directory, "--out", tmp_path / "pruned", *few, "pattern=structured")[0] == 0
+    masks = tmp_path / "pruned" / "masks.safetensors"
+    code, said, _ = phx("shrink", tmp_path / "pruned" / "sparse", "--masks", masks, "--out", tmp_path / "small")
+    assert code == 0
+    counts = [sum(p.numel() for p in load_model(d).parameters()) for d in (model_directory, tmp_path / "small")]
+    assert counts[1] < counts[0]
+    assert f"{counts[0]:,} parameters before, {counts[1]:,} after" in said
+    assert "were not zero" not in said
+    code, said, _ = phx("shrink", model_directory, "--masks", masks, "--out", tmp_path / "again")
+    assert f"{counts[0] - counts[1]:,} of the weights that the masks drop were not zero" in said
+    code, _, errors = phx("shrink", model_directory, "--masks", masks, "--out", tmp_path / "again")
+    assert code == 2
+    assert "exists already" in errors[-1]
+
+
 @pytest.fixture
 def broken(tmp_path, chain, model_directory, task_directory) -> Path:
     """Everything that can be wrong with an input, each in a place of its own."""
@@ -395,6 +425,14 @@ BAD = {
     "no such text for levels": (
         "prune {model} --plot calibration.source=text calibration.text={b}/none",
         "calibration.text: {b}/none can't be read",
+    ),
+    "no text for an update alone": (
+        "prune {model} update=sparsegpt",
+        "sparsegpt needs text to calibrate on; give --task",
+    ),
+    "a list that is too short": (
+        "prune {model} --importance magnitude allocation=[0.5]",
+        "1 values for 2 decoder blocks; give one value per block",
     ),
     "a group of structures": ("prune {model} --method structured group=row", "the pattern structured has its own"),
     "no model for levels": ("prune {b}/nowhere --method random", "nowhere is not a directory"),

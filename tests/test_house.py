@@ -21,11 +21,11 @@ FLOORS = [
     ["cerebras", "report", "demo"],
     ["recipe"],
     ["runs", "steps"],
-    ["plan", "pipeline", "levels"],
+    ["plan", "pipeline", "levels", "shrinking"],
     ["sweep", "comparing"],
     ["console"],
     ["commands"],
-    ["prune_forms"],
+    ["prune_forms", "cli_runtime"],
     ["cli"],
 ]
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
@@ -68,7 +68,7 @@ def identity(path: Path) -> str:
 def test_a_room_imports_only_rooms_below_it(path):
     room = room_of(path)
     if room == "__init__":
-        assert imported(path) == set()
+        assert imported(path) <= {"runtime"}  # its registration with transformers, which is light
         return
     assert room in HEIGHT, f"{room} has no place in the house yet; give it one in FLOORS"
     for other in imported(path):

@@ -3,7 +3,7 @@ import torch
 
 from phoenix_sparse import merging
 from phoenix_sparse.finetuning.adapter import add_adapter, elastic_layers, save_adapter, set_ranks
-from phoenix_sparse.finetuning.elastic import draw
+from phoenix_sparse.finetuning.elastic import draw, spaces
 from phoenix_sparse.masks import inspect, require_preserved
 from phoenix_sparse.models import prunable_linears, save_model
 from phoenix_sparse.pruning.initialise import prune
@@ -20,7 +20,7 @@ def trained(kind, dtype, masked=True):
     torch.manual_seed(3)
     for layer in elastic_layers(adapter).values():
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
-    set_ranks(adapter, draw(list(elastic_layers(adapter)), (4, 2), 0, 0))
+    set_ranks(adapter, draw(spaces(elastic_layers(adapter), (4, 2)), 0, 0))
     return adapter, masks
 
 

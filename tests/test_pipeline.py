@@ -330,6 +330,33 @@ def test_a_dense_update_shows_what_it_costs(tmp_path, model_directory, task_dire
         assert flops["decode"]["total"]["reduction"] > 1.2
 
 
+@pytest.mark.parametrize(
+    "change", ["method=hira", "sampling=sandwich", "scale_rule=alpha_over_rank"], ids=lambda change: change
+)
+def test_every_kind_of_super_adapter_goes_all_the_way(tmp_path, model_directory, task_directory, change):
+    """With ranks by kind of layer, and beside the baseline that has the recipe's largest ranks."""
+    ranks = "finetune.ranks={q_proj: [6, 3], 'mlp.*': [5], '*': [4, 2]}"
+    changes = (*QUICK[1:], "evaluate.baselines=[dense_lora]", ranks, f"finetune.{change}", "search.hill_climb=2")
+    recipe = small(model_directory, task_directory, *changes)
+    out = pipeline.run(recipe, tmp_path / "run")
+    certificate = read_json(out / "certificate.json")
+    assert certificate["mode"] == "sparse_to_sparse"
+    assert certificate["off_mask_nonzeros"] == 0
+    assert certificate["max_abs_logit_difference"] == 0
+    search = read_json(out / "search.json")
+    allowed = {"q_proj": {6, 3}, "up_proj": {5}, "down_proj": {5}, "gate_proj": {5}}
+    for candidate in search["candidates"]:
+        assert all(rank in allowed.get(name.rsplit(".", 1)[-1], {4, 2}) for name, rank in candidate["ranks"].items())
+    field, value = change.split("=")
+    assert read_json(out / "tune.json")[field] == value
+    baseline = read_json(out / "baselines/dense_lora/tune.json")
+    assert (baseline["method"], baseline["sampling"]) == ("lora", "uniform")
+    assert baseline["trainable_parameters"] == read_json(out / "tune.json")["trainable_parameters"]
+    assert "ranks from 6, 3 or 5 or 4, 2." in (out / "report.html").read_text()
+    with pytest.raises(PhoenixError, match=r"finetune.ranks: 'w_proj' fits no adapted linear"):
+        pipeline.prepare(small(model_directory, task_directory, "finetune.ranks={w_proj: [2], '*': [4]}"))
+
+
 def test_the_same_recipe_gives_the_same_model_and_another_seed_another(tmp_path, model_directory, task_directory):
     def merged(name, *changes):
         return sha256(

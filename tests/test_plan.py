@@ -102,12 +102,54 @@ def test_steps_and_time_follow_the_recipe(directory, task_directory):
         assert figures["seconds"]["training, at that rate"] == pytest.approx(trainings * steps * flops / rate)
 
 
+def test_ranks_by_kind_of_layer_and_a_sandwich_s_passes_are_counted(directory, task_directory):
+    place = directory()
+    ranks = {"q_proj": 6, "up_proj": 5, "down_proj": 5, "gate_proj": 5}
+    adapter = sum(
+        ranks.get(name.rsplit(".", 1)[-1], 4) * (layer.in_features + layer.out_features)
+        for name, layer in prunable_linears(make_model()).items()
+    )
+    written = "finetune.ranks={q_proj: [3, 6], 'mlp.*': [5], '*': [4, 2]}"
+    one, three = (planned(place, task_directory, written, f"finetune.sampling={s}") for s in ("uniform", "sandwich"))
+    assert one["model"]["adapter"] == adapter
+    assert three["training"]["FLOPs of a step"] == 3 * one["training"]["FLOPs of a step"]
+    fixed = planned(place, task_directory, "finetune.ranks={'*': [4]}")
+    assert fixed["evaluation"]["sub-adapters on the validation split"] == 1
+
+
 def test_less_is_kept_in_memory_where_blocks_are_computed_again(directory, task_directory):
     place = directory()
     plain, again = (planned(place, task_directory, f"finetune.gradient_checkpointing={on}") for on in ("no", "yes"))
     assert again["memory_bytes"]["activations"] < plain["memory_bytes"]["activations"]
     micro = planned(place, task_directory, "finetune.micro_batch_size=4")
     assert micro["memory_bytes"]["activations"] * 8 == plain["memory_bytes"]["activations"]
+
+
+def test_memory_of_pruning_follows_the_method(directory, task_directory):
+    place = directory()
+    few = ("sparsify.calibration.samples=4", "sparsify.calibration.length=16")
+
+    def pruning(*changes):
+        figures = planned(place, task_directory, *few, *(f"sparsify.{change}" for change in changes))
+        needs = dict(figures["pruning_bytes"])
+        assert needs.pop("in all") == sum(needs.values())
+        return figures["model"], needs
+
+    model, wanda = pruning()
+    assert wanda["weights, a block at a time"] < 4 * model["parameters"]
+    assert wanda["calibration states"] == 4 * 4 * 16 * 32
+    assert wanda["masks"] == model["prunable"]
+    assert "calibration states" not in pruning("importance=magnitude")[1]
+    # Two blocks, alike: q, k, v, o, gate and up read 32 values, down reads 48.
+    assert pruning("update=alps")[1]["second moments of a block's inputs"] == 4 * (6 * 32**2 + 48**2)
+    assert pruning("importance=taylor")[1]["states before each block"] == 3 * 4 * 4 * 16 * 32
+    assert pruning("importance=magnitude", "group=global")[1]["scores of all linears, sorted"] == 24 * model["prunable"]
+    assert pruning("pattern=structured")[1]["scores of all linears"] == 4 * model["prunable"]
+    search = pruning("allocation=evolutionary")[1]
+    assert search["weights"] == 4 * model["parameters"]
+    assert search["scores of all linears"] == search["copy of the linears"] == 4 * model["prunable"]
+    assert search["dense log-probabilities, at most"] == 2 * 4 * 16 * 257
+    assert "dense log-probabilities, at most" not in pruning("allocation=evolutionary", "evolution.fitness=loss")[1]
 
 
 def test_nothing_is_written(directory, task_directory, tmp_path, monkeypatch):

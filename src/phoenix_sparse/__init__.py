@@ -6,6 +6,8 @@ Public names load when they are first used, so that `import phoenix_sparse` stay
 import importlib
 from typing import Any
 
+from phoenix_sparse.runtime.registration import register
+
 __version__ = "0.1.0"
 
 _PUBLIC = {
@@ -51,12 +53,21 @@ _PUBLIC = {
     "train": "phoenix_sparse.finetuning.trainer",
     "tokenize": "phoenix_sparse.finetuning.examples",
     "search": "phoenix_sparse.finetuning.search",
+    "SparseLoRAConfig": "phoenix_sparse.finetuning.sparse_lora",
+    "apply_sparse_lora": "phoenix_sparse.finetuning.sparse_lora",
+    "add_super_adapter": "phoenix_sparse.finetuning.adapter",
+    "merge_all_lora_weights": "phoenix_sparse.merging",
+    "validate_sparsity_preserved": "phoenix_sparse.merging",
     "merge": "phoenix_sparse.merging",
     "certify": "phoenix_sparse.merging",
     "evaluate": "phoenix_sparse.evaluation.harness",
     "perplexity": "phoenix_sparse.evaluation.perplexity",
     "count_flops": "phoenix_sparse.evaluation.flops",
     "build_report": "phoenix_sparse.report",
+    "pack_model": "phoenix_sparse.runtime.packing",
+    "unpack_model": "phoenix_sparse.runtime.packing",
+    "load": "phoenix_sparse.runtime.loading",
+    "SparseLinear": "phoenix_sparse.runtime.sparse_linear",
 }
 
 __all__ = [*sorted(_PUBLIC), "__version__"]
@@ -70,3 +81,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+register()  # packed models open through transformers wherever Phoenix is imported

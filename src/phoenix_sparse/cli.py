@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from phoenix_sparse import cli_runtime
 from phoenix_sparse.commands import SeveralValues, named_task, refuse_existing, say, set_up, workplace
 from phoenix_sparse.errors import PhoenixError
 
@@ -336,6 +337,35 @@ def report(directory: Annotated[Path, typer.Argument(help="a run directory", sho
     from phoenix_sparse.report import build_report
 
     say(f"report: {build_report(directory)}")
+
+
+@app.command()
+def shrink(
+    model: Model,
+    *,
+    masks: Annotated[Path, typer.Option(help="masks of pattern=structured, such as masks.safetensors")],
+    out: Annotated[Path, typer.Option(help="the directory of the smaller model", show_default=False)],
+    dtype: DtypeName = "auto",
+    device: DeviceName = "auto",
+) -> None:
+    """Write a structured-pruned model without what its masks drop: fewer channels and heads, an ordinary model."""
+    from phoenix_sparse.pipeline import model_directory
+    from phoenix_sparse.shrinking import write_smaller
+    from phoenix_sparse.steps import read_masks
+
+    refuse_existing(out)
+    with set_up(dtype, device, 0, out) as machine:
+        found = write_smaller(model_directory(model), read_masks(masks), out, machine)
+    if found["dropped_nonzeros"]:
+        say(f"{found['dropped_nonzeros']:,} of the weights that the masks drop were not zero in {model}")
+    say(
+        f"{found['parameters_before']:,} parameters before, {found['parameters']:,} after; largest difference of a "
+        f"logit to the masked model {found['max_abs_logit_difference']:.3g}",
+        f"model: {out}",
+    )
+
+
+app.add_typer(cli_runtime.app)
 
 
 def main() -> None:

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from phoenix_sparse.files import write_json
 from phoenix_sparse.masks import compute_sparsity_stats, plot_sparsity_histogram, save_mask
-from phoenix_sparse.models import prunable_linears
 from phoenix_sparse.pruning.gradients import measure_gradients
 from phoenix_sparse.pruning.linear import Method
 from phoenix_sparse.pruning.selection import keep, keep_globally
 from phoenix_sparse.pruning.sequential import score_blocks
 from phoenix_sparse.pruning.settings import SparsifySettings
-from phoenix_sparse.pruning.structured import structured_masks
+from phoenix_sparse.pruning.structured import require_reachable, structured_masks
 from phoenix_sparse.settings import Settings
 from phoenix_sparse.steps import Machine, calibrate, calibration_facts, open_blocks
 from phoenix_sparse.tasks import Task
@@ -101,8 +100,8 @@ def write_levels(
     """
     blocks, tokenizer = open_blocks(source, scoring, machine)
     if settings.method == "structured":
-        # Told before the scores are measured: an even model has the same sizes.
-        structured_masks(blocks.model, _even_scores(blocks.model), max(levels))
+        # Told before the scores are measured.
+        require_reachable(blocks.model, max(levels))
     calibration = calibrate(source, task, scoring, tokenizer, machine)
     facts = {
         "method": settings.method,
@@ -152,8 +151,3 @@ def _choose(
         for name, mask in whole.items():
             masks.add(name, mask)
     return dict(found)
-
-
-def _even_scores(model: Any) -> dict[str, Tensor]:
-    """Zeros of every linear's shape that take no memory."""
-    return {name: torch.zeros(()).expand(layer.weight.shape) for name, layer in prunable_linears(model).items()}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from phoenix_sparse.files import sha256
 from phoenix_sparse.finetuning.adapter import elastic_layers
+from phoenix_sparse.finetuning.sparse_lora import adapted_weights, kept_masks, require_adapter
 from phoenix_sparse.masks import Masks, apply_masks, inspect, masks_sha256
 from phoenix_sparse.models import prunable_linears
 
@@ -17,6 +18,8 @@ from phoenix_sparse.models import prunable_linears
 @torch.no_grad()
 def merge(model: PeftModel, *, remask: Masks | None = None) -> Any:
     """Add the adapter's update to the weights: W += M⊙(s·BA), with M all ones where the adapter has no mask.
+
+    HiRA has W in the place of M.
 
     Args:
         model: with its adapter; it is taken apart.
@@ -31,6 +34,63 @@ def merge(model: PeftModel, *, remask: Masks | None = None) -> Any:
     if remask is not None:
         apply_masks(remask, prunable_linears(plain))
     return plain
+
+
+def merge_all_lora_weights(model: PeftModel, preserve_sparsity: bool = True) -> Any:
+    """Merge the adapter that `apply_sparse_lora` put on a model.
+
+    Args:
+        model: with its adapter; it is taken apart.
+        preserve_sparsity: keep every zero of the masks: an update through them does by itself, after a dense one they
+            are applied once more. False lets a dense update fill the zeros.
+
+    Returns:
+        The plain model.
+
+    Raises:
+        PhoenixError: there is no adapter; or its update is dense, and the model has no masks to apply.
+    """
+    return merge(require_adapter(model), remask=kept_masks(model) if preserve_sparsity else None)
+
+
+@torch.no_grad()
+def validate_sparsity_preserved(model: Any, masks: Masks, tolerance: float = 0.0) -> tuple[bool, dict[str, Any]]:
+    """Say whether every weight off its mask is zero, in a plain model, or in what an adapter would merge to.
+
+    Args:
+        model: a causal language model, with an adapter or without.
+        masks: of every prunable linear, by exact name.
+        tolerance: the largest size of a weight that still counts as zero.
+
+    Returns:
+        The verdict, and the figures `num_violations`, `total_masked`, `violation_rate`, `max_violation` and `sparsity`
+        by layer (`per_layer`), and `all_valid`, `total_violations`, `violation_rate` and `sparsity` (`global`).
+
+    Raises:
+        PhoenixError: a mask that fits no layer, or a layer without a mask.
+    """
+    layers: dict[str, dict[str, Any]] = {}
+    weights = masked = violations = zeros = 0
+    for name, weight in adapted_weights(model, masks):
+        off = weight[~masks[name].to(weight.device)].abs().float()
+        wrong, none = int((off > tolerance).sum()), weight.numel() - int(weight.count_nonzero())
+        layers[name] = {
+            "num_violations": wrong,
+            "total_masked": off.numel(),
+            "violation_rate": wrong / max(off.numel(), 1),
+            "max_violation": float(off.max()) if off.numel() else 0.0,
+            "sparsity": none / weight.numel(),
+        }
+        weights, masked = weights + weight.numel(), masked + off.numel()
+        violations, zeros = violations + wrong, zeros + none
+    valid = violations == 0
+    summary = {
+        "all_valid": valid,
+        "total_violations": violations,
+        "violation_rate": violations / max(masked, 1),
+        "sparsity": zeros / weights,
+    }
+    return valid, {"per_layer": layers, "global": summary}
 
 
 @torch.no_grad()

@@ -201,10 +201,15 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         PhoenixError: the model has no list of blocks as long as its configuration says.
     """
-    count = getattr(model.config, "num_hidden_layers", None)
+    count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return {f"{name}.{index}": block for index, block in enumerate(module)}
+    if count is None:
+        raise PhoenixError(
+            f"{type(model).__name__} has no configuration with num_hidden_layers; give a causal language model of "
+            "transformers"
+        )
     raise PhoenixError(
         f"{type(model).__name__} has no list of {count} decoder blocks; Llama-like and OPT models have one"
     )

@@ -9,8 +9,9 @@ import torch
 from phoenix_sparse import steps
 from phoenix_sparse.determinism import be_deterministic
 from phoenix_sparse.files import sha256
-from phoenix_sparse.models import find_device, find_model
+from phoenix_sparse.models import empty_model, find_device, find_model, load_config
 from phoenix_sparse.progress import Announce, Progress
+from phoenix_sparse.pruning.fitting import require_fit
 from phoenix_sparse.recipe import Recipe
 from phoenix_sparse.runs import Run, open_run
 from phoenix_sparse.steps import Machine
@@ -84,7 +85,8 @@ def prepare(recipe: Recipe) -> tuple[Path, Task]:
     model = model_directory(recipe.model)
     task = open_task(recipe.task, seed=recipe.seed)
     steps.require_validation(task)
-    steps.require_targets(model, recipe.finetune.targets)
+    require_fit(empty_model(load_config(model)), recipe.sparsify)
+    steps.require_targets(model, recipe.finetune)
     steps.require_room(model, task, recipe.evaluate.perplexity)
     return model, task
 
@@ -177,7 +179,8 @@ def _baseline(this: Run, recipe: Recipe, task: Task, machine: Machine, model: Pa
 def _train_dense(this: Run, recipe: Recipe, task: Task, machine: Machine, model: Path, out: Path) -> list[str]:
     """A plain LoRA of the largest rank on the dense model, with the recipe's hyper-parameters, merged."""
     rate = recipe.evaluate.dense_lora_learning_rate or recipe.finetune.learning_rate
-    changes: dict[str, Any] = {"mode": "sparse_to_dense", "ranks": recipe.finetune.ranks[:1], "learning_rate": rate}
+    changes: dict[str, Any] = {"mode": "sparse_to_dense", "method": "lora", "learning_rate": rate}
+    changes |= {"ranks": recipe.finetune.largest_ranks, "sampling": "uniform"}
     settings = recipe.finetune.model_copy(update=changes)
     work = this.work("baseline dense_lora")
     written = steps.tune(model, None, task, settings, out, machine, adapter="adapter", work=work)

@@ -8,8 +8,18 @@ from typing import Any
 import torch
 
 from phoenix_sparse.evaluation.flops import count_training_flops
-from phoenix_sparse.finetuning.adapter import target_names
-from phoenix_sparse.models import empty_model, find_device, load_config, load_tokenizer, prunable_linears
+from phoenix_sparse.finetuning.adapter import target_linears
+from phoenix_sparse.finetuning.elastic import is_fixed, largest, spaces
+from phoenix_sparse.models import (
+    decoder_blocks,
+    empty_model,
+    find_device,
+    linears,
+    load_config,
+    load_tokenizer,
+    prunable_linears,
+)
+from phoenix_sparse.pruning.settings import CHOOSING
 from phoenix_sparse.recipe import Recipe
 from phoenix_sparse.tasks import Task
 
@@ -26,19 +36,19 @@ def estimate(recipe: Recipe, directory: Path, task: Task) -> dict[str, Any]:
     isn't counted, which makes small models slower than that, and neither is evaluation.
 
     Returns:
-        `model`, `task`, `training`, `evaluation`, `memory_bytes` (of training), `search_bytes` (memory of the
-        search), `disk_bytes` and `seconds`, each a mapping of names
-        to figures.
+        `model`, `task`, `training`, `evaluation`, `pruning_bytes`, `memory_bytes` and `search_bytes` (memory of
+        pruning, of training and of the search), `disk_bytes` and `seconds`, each a mapping of names to figures.
     """
     config, device = load_config(directory), find_device(recipe.device)
     model = empty_model(config)
     width = _width(config, recipe, device)
     layers = prunable_linears(model)
-    targets = target_names(model, recipe.finetune.targets)
-    adapted = {name: layer for name, layer in layers.items() if name.rsplit(".", 1)[-1] in targets}
+    adapted = target_linears(model, recipe.finetune.targets)
+    space = spaces(adapted, recipe.finetune.ranks)
+    ranks = largest(space)
     prunable = sum(layer.weight.numel() for layer in layers.values())
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    adapter = recipe.finetune.ranks[0] * sum(layer.in_features + layer.out_features for layer in adapted.values())
+    adapter = sum(ranks[name] * (layer.in_features + layer.out_features) for name, layer in adapted.items())
     tokens, longest = _lengths(task, directory, recipe)
     examples = math.ceil(recipe.finetune.epochs * len(task.train))
     if recipe.finetune.max_steps is not None:
@@ -58,16 +68,18 @@ def estimate(recipe: Recipe, directory: Path, task: Task) -> dict[str, Any]:
         "models": models * weights,
         "masks": prunable // 8,
         "adapters and checkpoints": 2 * 4 * adapter + checkpoints,
+        "while pruning": width * prunable + (4 * prunable if recipe.sparsify.reads_gradients else 0),
     }
     disk["in all"] = sum(disk.values())
     step = count_training_flops(
         model,
-        dict.fromkeys(adapted, recipe.finetune.ranks[0]),
+        ranks,
         sequence_length=tokens,
         sequences_per_step=recipe.finetune.batch_size,
     )
     steps = math.ceil(examples / recipe.finetune.batch_size)
     trainings = 1 + ("dense_lora" in recipe.evaluate.baselines)
+    passes = recipe.finetune.passes + trainings - 1  # the baseline's ranks are fixed, and its steps one pass each
     rate = _rate(config, recipe, device, width, tokens)
     search = recipe.search
     return {
@@ -81,20 +93,55 @@ def estimate(recipe: Recipe, directory: Path, task: Task) -> dict[str, Any]:
         "training": {
             "trainings": trainings,
             "steps of each": steps,
-            "FLOPs of a step": step["total"],
+            "FLOPs of a step": recipe.finetune.passes * step["total"],
             "FLOP/s measured here": rate,
         },
         "evaluation": {
             "models on the test split": 1 + len(recipe.evaluate.baselines),
             "sub-adapters on the validation split": 1
-            if len(recipe.finetune.ranks) == 1
+            if is_fixed(space)
             else 1 + 2 * search.bounds + search.hill_climb + search.nsga2,
         },
+        "pruning_bytes": _pruning(config, model, recipe, width),
         "memory_bytes": memory,
         "search_bytes": {"weights, masks, weights written out": weights + prunable + width * prunable},
         "disk_bytes": disk,
-        "seconds": {"training, at that rate": trainings * steps * step["total"] / rate},
+        "seconds": {"training, at that rate": passes * steps * step["total"] / rate},
     }
+
+
+def _pruning(config: Any, model: Any, recipe: Recipe, width: int) -> dict[str, int]:
+    """Memory of pruning, GPU and CPU together: blocks come from the disk one at a time where the method allows it.
+
+    Scores of all linears have to lie side by side for a global threshold (at its peak 24 bytes a weight), for
+    structured pruning and for the evolutionary search, which also needs the whole model and a copy of its linears.
+    """
+    settings, hidden, blocks = recipe.sparsify, config.hidden_size, decoder_blocks(model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    of_block = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks.values()]
+    prunable = sum(layer.weight.numel() for layer in prunable_linears(model).values())
+    searches, tokens = settings.allocation == "evolutionary", settings.calibration.samples * settings.calibration.length
+    one = width * (parameters - sum(of_block) + max(of_block))
+    needs = {"weights": width * parameters} if searches else {"weights, a block at a time": one}
+    if settings.reads_tokens:
+        needs["calibration states"] = width * tokens * hidden
+    if settings.reads_gradients:
+        needs["states before each block"] = width * tokens * hidden * (len(blocks) + 1)
+    if settings.update in CHOOSING:
+        grams = [sum(4 * layer.in_features**2 for layer in linears(block).values()) for block in blocks.values()]
+        needs["second moments of a block's inputs"] = max(grams)
+    if settings.comparison_group == "global":
+        needs["scores of all linears, sorted"] = 24 * prunable
+    elif settings.parsed_pattern.kind == "structured" or searches:
+        needs["scores of all linears"] = 4 * prunable
+    if searches:
+        needs["copy of the linears"] = width * prunable
+        if settings.evolution.fitness == "kl":
+            judged = min(settings.evolution.sequences[-1], settings.calibration.samples) * settings.calibration.length
+            needs["dense log-probabilities, at most"] = 2 * judged * config.vocab_size
+    needs["masks"] = prunable
+    needs["in all"] = sum(needs.values())
+    return needs
 
 
 def _width(config: Any, recipe: Recipe, device: torch.device) -> int:

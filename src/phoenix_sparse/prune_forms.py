@@ -15,7 +15,7 @@ from phoenix_sparse.files import read_text
 from phoenix_sparse.levels import LevelSettings, level_files, write_levels
 from phoenix_sparse.pipeline import model_directory
 from phoenix_sparse.pruning.importance import find_importance
-from phoenix_sparse.pruning.settings import SparsifySettings
+from phoenix_sparse.pruning.settings import CHOOSING, SparsifySettings
 from phoenix_sparse.recipe import check, override
 from phoenix_sparse.report import compare_table
 
@@ -48,7 +48,8 @@ class Given:
         if chosen.reads_gradients and self.task is None:
             raise PhoenixError(f"prune: {chosen.importance} needs the gradients of a task's loss; give --task")
         if chosen.reads_tokens and chosen.calibration.source == "task" and self.task is None:
-            reader = chosen.importance if find_importance(chosen.importance).inputs else chosen.update
+            scored = chosen.update not in CHOOSING  # these have scores of their own
+            reader = chosen.importance if scored and find_importance(chosen.importance).inputs else chosen.update
             reader = str(chosen.allocation) if reader == "none" else reader
             raise PhoenixError(
                 f"prune: {reader} needs text to calibrate on; give --task, or calibration.source=text "

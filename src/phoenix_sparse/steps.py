@@ -1,5 +1,6 @@
 """The steps on files: each reads model directories and masks, writes its own files, and knows nothing of a run."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,21 +101,21 @@ def open_blocks(source: Path, settings: SparsifySettings, machine: Machine) -> t
     """The blocks of a model, streamed from its files where they and the method allow it, and its tokenizer.
 
     Raises:
-        PhoenixError: a weight is NaN or infinite, or the pattern doesn't divide a layer: told now, not when pruning
-            has come to the block.
+        PhoenixError: a weight is NaN or infinite, or the settings don't fit the model's shapes: told now, not when
+            pruning has come to the block.
     """
     from phoenix_sparse.pruning.blocks import Blocks
+    from phoenix_sparse.pruning.fitting import require_fit
     from phoenix_sparse.pruning.streaming import open_streamed
 
     streamed = None
     if settings.allocation != "evolutionary":  # which runs the whole model again and again
         streamed = open_streamed(source, machine.dtype, find_device(machine.device))
+    blocks = streamed or Blocks(machine.load(source))
+    require_fit(blocks.model, settings)
     if streamed is not None:
         for name in filter(streamed.in_block, streamed.checkpoint.shapes):
             streamed.checkpoint.tensors({name: name})  # reads and checks it, one at a time
-    blocks = streamed or Blocks(machine.load(source))
-    for name, layer in prunable_linears(blocks.model).items():
-        settings.parsed_pattern.check(name, (layer.out_features, layer.in_features))
     tokenizer = load_tokenizer(source)
     fit_tokenizer(blocks.model, tokenizer, source)
     return blocks, tokenizer
@@ -169,19 +170,23 @@ def tune(
     work: Path,
 ) -> list[str]:
     """Step 2: train the super-adapter, through the masks unless they are None. Writes the adapter and tune.json."""
-    from phoenix_sparse.finetuning.adapter import add_adapter, save_adapter
+    from phoenix_sparse.finetuning.adapter import add_super_adapter, save_adapter, target_linears
+    from phoenix_sparse.finetuning.elastic import spaces
     from phoenix_sparse.finetuning.examples import tokenize
     from phoenix_sparse.finetuning.trainer import train
 
     model, tokenizer = machine.open(source)
-    adapted = add_adapter(
+    space = spaces(target_linears(model, settings.targets), settings.ranks)
+    adapted = add_super_adapter(
         model,
-        rank=settings.ranks[0],
+        space,
         scale=settings.scale,
         masks=masks,
         seed=machine.seed,
         targets=settings.targets,
         dropout=settings.dropout,
+        method=settings.method,
+        scale_rule=settings.scale_rule,
     )
     rows = tokenize(task.train, tokenizer, min(settings.max_length, _longest(source)))
     record = train(
@@ -194,7 +199,7 @@ def tune(
         progress=machine.progress,
     )
     record["examples_left_out"] = len(task.train) - len(rows)
-    save_adapter(adapted, out / adapter, masks, settings.ranks)
+    save_adapter(adapted, out / adapter, masks, space if isinstance(settings.ranks, Mapping) else settings.ranks)
     write_json(out / "tune.json", record)
     return [adapter, "tune.json"]
 
@@ -217,11 +222,12 @@ def require_room(source: Path, task: Task, perplexity: PerplexitySettings | None
         )
 
 
-def require_targets(source: Path, targets: tuple[str, ...] | None) -> None:
-    """Refuse adapter targets that the model doesn't have, from its configuration alone."""
-    from phoenix_sparse.finetuning.adapter import target_names
+def require_targets(source: Path, settings: FinetuneSettings) -> None:
+    """Refuse adapter targets, and ranks for layers, that the model doesn't have, from its configuration alone."""
+    from phoenix_sparse.finetuning.adapter import target_linears
+    from phoenix_sparse.finetuning.elastic import spaces
 
-    target_names(empty_model(load_config(source)), targets)
+    spaces(target_linears(empty_model(load_config(source)), settings.targets), settings.ranks)
 
 
 def search(

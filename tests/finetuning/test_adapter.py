@@ -14,7 +14,7 @@ from phoenix_sparse.finetuning.adapter import (
     set_ranks,
     written_out,
 )
-from phoenix_sparse.finetuning.elastic import draw, uniform
+from phoenix_sparse.finetuning.elastic import draw, spaces, uniform
 from phoenix_sparse.models import prunable_linears
 from tiny import CONFIGS, pruned
 
@@ -52,7 +52,7 @@ def test_a_new_adapter_changes_nothing(kind):
 def test_logits_are_those_of_the_written_out_weights(kind, masked):
     adapter, masks = adapted(kind, masked)
     names = list(elastic_layers(adapter))
-    set_ranks(adapter, draw(names, (4, 3, 1), 0, 0))
+    set_ranks(adapter, draw(spaces(names, (4, 3, 1)), 0, 0))
     plain, _ = pruned(kind)
     with torch.no_grad():
         for name, layer in elastic_layers(adapter).items():
@@ -64,7 +64,7 @@ def test_logits_are_those_of_the_written_out_weights(kind, masked):
 
 def test_a_saved_sub_adapter_comes_back(tmp_path):
     adapter, masks = adapted()
-    ranks = draw(list(elastic_layers(adapter)), (4, 2, 1), 0, 7)
+    ranks = draw(spaces(elastic_layers(adapter), (4, 2, 1)), 0, 7)
     set_ranks(adapter, ranks)
     save_adapter(adapter, tmp_path / "a", masks)
     model, _ = pruned()
@@ -75,7 +75,7 @@ def test_a_saved_sub_adapter_comes_back(tmp_path):
 
 def test_stock_peft_loads_a_dense_sub_adapter(tmp_path):
     adapter, _ = adapted(masked=False)
-    set_ranks(adapter, draw(list(elastic_layers(adapter)), (4, 2, 1), 0, 7))
+    set_ranks(adapter, draw(spaces(elastic_layers(adapter), (4, 2, 1)), 0, 7))
     save_adapter(adapter, tmp_path / "a", None)
     stock = PeftModel.from_pretrained(pruned()[0], tmp_path / "a")
     torch.testing.assert_close(logits(stock), logits(adapter), rtol=1e-5, atol=1e-5)
@@ -121,7 +121,7 @@ def test_written_out_weights_change_nothing(dtype):
     adapter.get_base_model().to(dtype)
     names = list(elastic_layers(adapter))
     for step in range(2):
-        set_ranks(adapter, draw(names, (4, 3, 1), 0, step))
+        set_ranks(adapter, draw(spaces(names, (4, 3, 1)), 0, step))
         before = logits(adapter)
         with written_out(adapter):
             assert torch.equal(logits(adapter), before)

@@ -84,12 +84,32 @@ def test_relative_error(dtype, bound, out, columns, rank):
         assert float((one.double() - other).norm()) <= bound * float(other.norm())
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("hira", [False, True])
+def test_gradcheck(hira):
     torch.manual_seed(0)
     mask = torch.rand(6, 7) < 0.5
     weight = torch.randn(6, 7, dtype=torch.float64) * mask
+    gate = weight if hira else mask
     x, a, b = (torch.randn(*size, dtype=torch.float64, requires_grad=True) for size in ((4, 7), (2, 7), (6, 2)))
-    assert torch.autograd.gradcheck(lambda x, a, b: masked_linear(x, weight, None, mask, a, b, 2.0), (x, a, b))
+    assert torch.autograd.gradcheck(lambda x, a, b: masked_linear(x, weight, None, gate, a, b, 2.0), (x, a, b))
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.sampled_from(PRECISIONS), st.floats(0.1, 4))
+def test_hira_against_float64_autograd(shape, precision, scale):
+    """y = x (W⊙(1 + s·BA))ᵀ, written down without a gate."""
+    dtype, bound = precision
+    tensors, _, bias = problem(shape, dtype)
+
+    def written(tensors, bias):
+        x, a, b = (tensors[name].double().detach().requires_grad_() for name in "xab")
+        y = x @ (tensors["weight"].double() * (1 + scale * (b @ a))).t() + (0 if bias is None else bias.double())
+        return [y.detach(), *torch.autograd.grad(y, (x, a, b), tensors["grad"].double())]
+
+    sizes = written({name: tensor.abs() for name, tensor in tensors.items()}, None if bias is None else bias.abs())
+    got = results(tensors, tensors["weight"], bias, scale)
+    for one, other, size in zip(got, written(tensors, bias), sizes, strict=True):
+        assert float((one.double() - other).norm()) <= bound * float(size.norm()) + 1e-30
 
 
 @pytest.mark.parametrize("inputs_need_gradients", [True, False])

@@ -10,7 +10,7 @@ import torch
 
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.finetuning.adapter import ElasticLinear, add_adapter, elastic_layers
-from phoenix_sparse.finetuning.elastic import draw
+from phoenix_sparse.finetuning.elastic import draw, spaces
 from phoenix_sparse.finetuning.settings import FinetuneSettings
 from phoenix_sparse.finetuning.trainer import COMPLETE, latest_checkpoint, train, training_order
 from tiny import pruned
@@ -96,7 +96,7 @@ def test_one_draw_a_step_reaches_every_forward(tmp_path, monkeypatch, options):
     per_step = len(seen) // 3
     assert per_step >= len(names) * (4 if "micro_batch_size" in options else 1)
     for step in range(3):
-        expected = draw(list(names.values()), chosen.ranks, 0, step)
+        expected = draw(spaces(names.values(), chosen.ranks), 0, step)
         for module, rank in seen[step * per_step : (step + 1) * per_step]:
             assert rank == expected[names[module]]
 

@@ -213,12 +213,13 @@ def test_installed_packages_offer_importances(tmp_path, monkeypatch):
 
     monkeypatch.setattr(importance, "entry_points", offered)
     assert find_importance("theirs").per_row
-    assert asked == ["phoenix_sparse.importances"]
+    assert set(asked) == {"phoenix_sparse.importances"}
     assert SparsifySettings(importance="theirs").comparison_group == "row"
     with pytest.raises(PhoenixError, match="'broken' is offered by bad_package, which can't be loaded .*nobody_has"):
         find_importance("broken")
-    with pytest.raises(PhoenixError, match="'idle' is not known; use one of .*theirs"):
+    with pytest.raises(PhoenixError, match="idle_package offers 'idle' and doesn't register it"):
         find_importance("idle")
+    assert {"wanda", "theirs", "broken", "idle"} <= set(importances())
     assert "bad_package" not in sys.modules
 
 
@@ -231,6 +232,11 @@ LAYER = "model.layers.0.self_attn.q_proj"
         (lambda weight, seen: weight * torch.nan, f"importance own: .* for {LAYER}, .*1024 of them NaN"),
         (lambda weight, seen: weight.abs().sum(0), rf"importance own: \(32,\) scores for {LAYER}, \(32, 32\)"),
         (lambda weight, seen: weight.abs().tolist(), f"importance own: it gave a list for {LAYER}"),
+        (
+            lambda weight, seen: weight * seen.input_norm,
+            f"importance own: its function fails at {LAYER} .TypeError: .*, "
+            r"test_importance.py:\d+.; it was registered without inputs=True and gradients=True: what",
+        ),
         (lambda weight, seen: weight.abs_(), f"importance own: it changes the weight of {LAYER} in place"),
     ],
 )

@@ -231,7 +231,7 @@ def test_layers_that_are_not_finite_are_refused_by_name(method, value):
         compute_masks_for_state_dict(model.state_dict(), 0.3)
 
 
-@pytest.mark.parametrize("sparsity", [1, 1.5, -0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("sparsity", [1, 1.5, -0.1, float("nan"), float("inf"), "0.5", None])
 def test_a_sparsity_outside_is_refused(model, sparsity):
     for act in (
         lambda: compute_unstructured_mask(model, sparsity),
@@ -242,6 +242,11 @@ def test_a_sparsity_outside_is_refused(model, sparsity):
     ):
         with pytest.raises(PhoenixError, match=r"sparsity: .* is not in \[0, 1\)"):
             act()
+
+
+def test_a_module_that_is_no_language_model_is_refused():
+    with pytest.raises(PhoenixError, match="Linear has no configuration with num_hidden_layers; give a causal"):
+        compute_unstructured_mask(torch.nn.Linear(4, 4))
 
 
 def test_what_is_not_known_or_not_given_is_refused(model, seen):

@@ -82,7 +82,10 @@ def run_files() -> dict[str, Any]:
         },
         "allocation.json": {
             "sparsity": 0.5,
-            "method": "wanda",
+            "method": "owl",
+            "importance": "wanda",
+            "update": "alps",
+            "pattern": "2:4",
             "layers": {
                 name: {"shape": list(shape), "nnz": nnz[name], "sparsity": sparsity[name]}
                 for name, shape in layers.items()

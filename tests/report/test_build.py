@@ -71,6 +71,9 @@ def test_shows_what_was_measured(files: dict[str, Any], write_run: Write) -> Non
     card = (directory / "README.md").read_text()
     for expected in ("41.2% ± 1.4", "42.5% ± 1.4", "50.12%", "learning_rate: 0.0003"):
         assert expected in card
+    for expected in ("Pruned to 50.00%", "update alps, pattern 2:4, allocation owl"):
+        assert expected in card
+    assert "pruned to 50.0% overall: update alps, pattern 2:4, allocation owl" in text
 
 
 def test_needs_no_network_and_no_scripts(files: dict[str, Any], write_run: Write) -> None:

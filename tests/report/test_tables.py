@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from phoenix_sparse.errors import PhoenixError
-from phoenix_sparse.report import compare_table, flops_table, plan_table, summary_table
+from phoenix_sparse.report import bench_tables, compare_table, flops_table, plan_table, summary_table
 
 Write = Callable[[dict[str, Any]], Path]
 
@@ -79,3 +79,19 @@ def test_comparison() -> None:
         assert expected in text
     assert "[b]16x1" in text
     assert "failed" in text
+
+
+def test_bench_tables_keep_their_brackets():
+    spread = {"median": 9.0, "low": 8.0, "high": 10.0}
+    both = {"tokens_per_second": {"dense": spread, "sparse": spread}, "ratio": 1.0}
+    kind = {"seconds": spread, "weight_bytes": 8, "bandwidth_share": 0.5}
+    record = {
+        **{"model": "m", "dtype": "float32", "values": "int8", "threads": 1},
+        "weight_bytes": {"dense": 2048, "sparse": 1024},
+        "throughput": [{"batch": 1, "prefill": both, "decode": both}],
+        "layers": [{"shape": [4, 2], "batch": 1, "bandwidth": 1e9, "kinds": {"sparse": kind, "torch int8": kind}}],
+    }
+    text = "".join(printed(table) for table in bench_tables(record))
+    assert text.count("[quartiles]") == 2
+    assert "9.0 [8.0–10.0]" in text
+    assert "1.00x" in text

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phoenix_sparse.report.records import Accuracy
-from phoenix_sparse.report.text import accuracy, difference, flatten, percent, scaled, seconds, size, times
+from phoenix_sparse.report.records import Accuracy, Allocation
+from phoenix_sparse.report.text import accuracy, difference, flatten, percent, pruning, scaled, seconds, size, times
 
 
 def measured(value: float, stderr: float | None) -> Accuracy:
@@ -82,3 +82,40 @@ def test_flatten() -> None:
         ("f", "none"),
         ("g", "true"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("facts", "text"),
+    [
+        ({}, "allocation uniform"),
+        (
+            {
+                "importance": "wanda",
+                "update": "none",
+                "pattern": "2:4",
+                "calibration_sequences": 128,
+                "calibration_length": 2048,
+            },
+            "importance wanda, pattern 2:4, allocation uniform, measured on 128 sequences of 2,048 tokens",
+        ),
+        (
+            {"importance": "wanda", "update": "alps", "pattern": "unstructured", "method": "owl"},
+            "update alps, pattern unstructured, allocation owl",
+        ),
+        (
+            {"importance": "ria", "update": "sparsegpt", "pattern": "unstructured", "method": "evolutionary"},
+            "importance ria (in the search), update sparsegpt, pattern unstructured, allocation evolutionary",
+        ),
+        (
+            {"importance": "taylor", "update": "dsnot", "pattern": "unstructured", "calibration_examples": 64},
+            "importance taylor, update dsnot, pattern unstructured, allocation uniform, gradients of 64 examples",
+        ),
+        (
+            {"importance": "magnitude", "update": "none", "pattern": "unstructured", "group": "global"},
+            "importance magnitude, pattern unstructured, allocation by one threshold for all layers",
+        ),
+        ({"pattern": "16x1", "method": "explicit"}, "pattern 16x1, allocation written down"),
+    ],
+)
+def test_pruning_is_said_in_words(facts, text) -> None:
+    assert pruning(Allocation.model_validate({"sparsity": 0.5, "method": "uniform", "layers": {}} | facts)) == text

@@ -5,73 +5,24 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import functional
 
 from phoenix_sparse.errors import PhoenixError, first_line
 from phoenix_sparse.files import atomic_path, read_json
-from phoenix_sparse.finetuning.elastic import Ranks
-from phoenix_sparse.finetuning.masked_linear import effective_weight, masked_linear
+from phoenix_sparse.finetuning.elastic import Ranks, Space, Spaces, largest
+from phoenix_sparse.finetuning.elastic_linear import ADAPTER, ElasticLinear, write_out
+from phoenix_sparse.finetuning.settings import Method, ScaleRule
 from phoenix_sparse.masks import Masks, check_fit, masks_sha256
 from phoenix_sparse.models import LIBRARY_ERRORS, prunable_linears
 
-ADAPTER = "default"
 RECORD = "phoenix.json"
-
-
-class ElasticLinear(lora.Linear):
-    """A LoRA layer with a mask (or none, for a dense update) and a rank that can be lowered to a prefix."""
-
-    mask: Tensor | None
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
-        super().__init__(base_layer, adapter_name, **kwargs)
-        self.register_buffer("mask", None, persistent=False)
-        self.rank = self.r[adapter_name]
-        self.written_out: Tensor | None = None
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen W, (out, in)."""
-        weight = self.get_base_layer().weight
-        assert isinstance(weight, Tensor)
-        return weight
-
-    def set_mask(self, mask: Tensor) -> None:
-        self.mask = mask.to(self.weight.device)
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A (rank, in) and B (out, rank), cut to the present rank."""
-        a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-        assert isinstance(a, Tensor)
-        assert isinstance(b, Tensor)
-        return a[: self.rank], b[:, : self.rank]
-
-    def merged_weight(self) -> Tensor:
-        """W + M⊙(s·BA) in W's dtype: what is merged, and what a masked layer computes with."""
-        return effective_weight(self.weight, self.mask, *self.factors(), self.scaling[ADAPTER])
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        assert adapter == ADAPTER
-        return (self.merged_weight() - self.weight).to(self.factors()[1].dtype)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters or self.merged:
-            return super().forward(x, *args, **kwargs)
-        base: Any = self.get_base_layer()
-        scale = self.scaling[ADAPTER]
-        a, b = self.factors()
-        if self.written_out is not None:
-            return functional.linear(x.to(self.written_out.dtype), self.written_out, base.bias)
-        if self.mask is not None:
-            return masked_linear(x, base.weight, base.bias, self.mask, a, b, scale)
-        low = functional.linear(self.lora_dropout[ADAPTER](x), a.to(x.dtype))
-        return base(x) + functional.linear(low, (b * scale).to(x.dtype))
+# The type in adapter_config.json and the names of A and B in the file, by method.
+PEFT_NAMES = {"lora": ("LORA", "lora_{}.weight"), "hira": ("HIRA", "hira_{}")}
 
 
 def add_adapter(
@@ -84,25 +35,34 @@ def add_adapter(
     targets: tuple[str, ...] | None = None,
     dropout: float = 0.0,
     rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    method: Method = "lora",
+    scale_rule: ScaleRule = "fixed",
 ) -> PeftModel:
     """Put an adapter on a model's prunable linears; only its A (float32, random) and B (float32, zero) train.
 
     Args:
         model: a causal language model, changed in place.
         rank: the largest rank of a layer.
-        scale: s, the same for all layers and ranks.
-        masks: for sparse_to_sparse, every prunable linear's mask; None for a dense update.
+        scale: s, the same for all layers at their largest ranks.
+        masks: for sparse_to_sparse, every prunable linear's mask; None for a dense update. HiRA reads none: its zeros
+            are those of the weights.
         seed: for A.
         targets: last names of the linears to adapt; all unless given.
         dropout: on the input of a dense update.
-        rank_pattern: layers with ranks of their own.
+        rank_pattern: layers with largest ranks of their own.
+        alpha_pattern: layers with a scale of their own, times their largest rank.
+        method: lora, or hira.
+        scale_rule: whether s holds at every rank or is alpha/r.
 
     Raises:
-        PhoenixError: masks don't fit the model, or a target names no linear.
+        PhoenixError: masks don't fit the model, a target names no linear, or dropout is asked of a masked update.
     """
     layers = prunable_linears(model)
     if masks is not None:
         check_fit(masks, layers)
+    if dropout and (masks is not None or method == "hira"):
+        raise PhoenixError("dropout: the masked update has one product with the input and none to drop; use dropout=0")
     names = target_names(model, targets)
     ranks = dict(rank_pattern or {})
     config = LoraConfig(
@@ -111,7 +71,7 @@ def add_adapter(
         lora_dropout=dropout,
         target_modules=names,
         rank_pattern=ranks,
-        alpha_pattern={name: scale * r for name, r in ranks.items()},
+        alpha_pattern={name: scale * r for name, r in ranks.items()} | dict(alpha_pattern or {}),
         task_type="CAUSAL_LM",
     )
     config._register_custom_module({nn.Linear: ElasticLinear})
@@ -119,9 +79,33 @@ def add_adapter(
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     for name, layer in elastic_layers(adapted).items():
-        if masks is not None:
+        layer.method, layer.scale_rule = method, scale_rule
+        if masks is not None and method == "lora":
             layer.set_mask(masks[name])
     return adapted
+
+
+def add_super_adapter(model: Any, space: Spaces, **options: Any) -> PeftModel:
+    """Put an adapter on a model whose layers have the largest ranks of a space.
+
+    Args:
+        model: as in `add_adapter`.
+        space: of the layers to adapt (`elastic.spaces`).
+        options: of `add_adapter`, without the ranks.
+    """
+    ranks = largest(space)
+    rank = max(ranks.values())
+    return add_adapter(model, rank=rank, rank_pattern={n: r for n, r in ranks.items() if r != rank}, **options)
+
+
+def target_linears(model: Any, targets: tuple[str, ...] | None) -> dict[str, nn.Linear]:
+    """The linears to adapt by their full names.
+
+    Raises:
+        PhoenixError: a target that no prunable linear has.
+    """
+    names = target_names(model, targets)
+    return {name: layer for name, layer in prunable_linears(model).items() if name.rsplit(".", 1)[-1] in names}
 
 
 def target_names(model: Any, targets: tuple[str, ...] | None) -> list[str]:
@@ -158,14 +142,13 @@ def written_out(model: PeftModel) -> Iterator[None]:
     """Compute with the masked layers' weights written out, for the block: the same results to the last bit, and much
     faster where many forward passes follow, at the price of a second copy of the weights. Nothing trains meanwhile.
     """
-    masked = [layer for layer in elastic_layers(model).values() if layer.mask is not None]
+    gated = [layer for layer in elastic_layers(model).values() if layer.gate is not None]
     try:
-        with torch.no_grad():
-            for layer in masked:
-                layer.written_out = layer.merged_weight()
+        for layer in gated:
+            write_out(layer)
         yield
     finally:
-        for layer in masked:
+        for layer in gated:
             layer.written_out = None
 
 
@@ -175,40 +158,55 @@ def adapter_parameters(model: PeftModel, ranks: Ranks) -> int:
     return sum(rank * sum(layers[name].weight.shape) for name, rank in ranks.items())
 
 
-def save_adapter(model: PeftModel, directory: Path, masks: Masks | None, space: tuple[int, ...] | None = None) -> None:
+def save_adapter(model: PeftModel, directory: Path, masks: Masks | None, space: Space | None = None) -> None:
     """Write the present sub-adapter in PEFT's format, with the hash of the mask that it was trained through.
 
     Every layer's factors are cut to its rank, and `rank_pattern` and `alpha_pattern` say so: stock PEFT loads it with
-    the same update, but without the mask, which is what `phoenix.json` is there to tell. A super-adapter's record
-    holds the space of its ranks, too.
+    the same update, but without the mask, which is what `phoenix.json` is there to tell. HiRA's update is whole in
+    stock PEFT, too, which knows neither a scale nor ranks by layer for it: B has the scale in it, factors are filled up
+    with zeros, and `phoenix.json` has the ranks. A super-adapter's record holds the space of its ranks, too.
     """
     from safetensors.torch import save_file
 
     layers = elastic_layers(model)
+    first = next(iter(layers.values()))
+    hira = first.method == "hira"
+    kind, key = PEFT_NAMES[first.method]
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    largest_rank = max(ranks.values())
     tensors = {}
     for name, layer in layers.items():
-        a, b = layer.factors()
-        tensors[f"base_model.model.{name}.lora_A.weight"] = a.detach().cpu().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = b.detach().cpu().contiguous()
-    config = model.peft_config[ADAPTER].to_dict()
-    largest = max(layer.rank for layer in layers.values())
-    scale = next(iter(layers.values())).scaling[ADAPTER]
-    pattern = {name: layer.rank for name, layer in layers.items() if layer.rank != largest}
-    config |= {
-        "r": largest,
-        "lora_alpha": scale * largest,
-        "rank_pattern": pattern,
-        "alpha_pattern": {name: scale * rank for name, rank in pattern.items()},
-        "target_modules": sorted(config["target_modules"]),
+        a, b = (factor.detach().cpu() for factor in layer.factors())
+        if hira:
+            missing = largest_rank - layer.rank
+            a, b = functional.pad(a, (0, 0, 0, missing)), functional.pad(b * layer.scale, (0, missing))
+        tensors[f"base_model.model.{name}.{key.format('A')}"] = a.contiguous()
+        tensors[f"base_model.model.{name}.{key.format('B')}"] = b.contiguous()
+    config: dict[str, Any] = {
+        "peft_type": kind,
+        "task_type": "CAUSAL_LM",
+        "r": largest_rank,
+        "rank_pattern": {} if hira else {name: rank for name, rank in ranks.items() if rank != largest_rank},
+        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in layers}),
         "inference_mode": True,
         "base_model_name_or_path": None,
     }
+    if not hira:
+        alpha = next(layer.alpha for layer in layers.values() if layer.rank == largest_rank)
+        own = config["rank_pattern"].keys() | {name for name, layer in layers.items() if layer.alpha != alpha}
+        pattern = {name: layer.alpha for name, layer in layers.items() if name in own}
+        config = model.peft_config[ADAPTER].to_dict() | config | {"lora_alpha": alpha, "alpha_pattern": pattern}
     record: dict[str, Any] = {
         "masked": masks is not None,
         "masks_sha256": masks_sha256(masks) if masks is not None else None,
+        "method": first.method,
+        "scale_rule": first.scale_rule,
     }
-    record |= {"space": list(space)} if space else {}
-    if masks is not None:
+    if space:
+        record["space"] = {n: list(r) for n, r in space.items()} if isinstance(space, Mapping) else list(space)
+    if hira:
+        record["ranks"] = ranks
+    elif masks is not None:
         record["note"] = "Trained through masks: stock PEFT applies it without them and fills the zeros. Use merged/."
     with atomic_path(directory) as temporary:
         temporary.mkdir()
@@ -226,8 +224,15 @@ def _read_record(directory: Path) -> dict[str, Any]:
     if record["masked"] and not isinstance(record.get("masks_sha256"), str):
         raise PhoenixError(f"adapter: {path} has no hash of the masks; give an adapter that phx tune wrote")
     space = record.get("space", [])
-    if not isinstance(space, list) or not all(type(rank) is int and rank > 0 for rank in space):
-        raise PhoenixError(f"adapter: {path} has no valid space of ranks; give an adapter that phx tune wrote")
+    for ranks in space.values() if isinstance(space, dict) else [space]:
+        if not isinstance(ranks, list) or not all(type(rank) is int and rank > 0 for rank in ranks):
+            raise PhoenixError(f"adapter: {path} has no valid space of ranks; give an adapter that phx tune wrote")
+    ranks = record.get("ranks", {})
+    if not isinstance(ranks, dict) or not all(type(rank) is int and rank > 0 for rank in ranks.values()):
+        raise PhoenixError(f"adapter: {path} has no valid ranks; give an adapter that phx tune wrote")
+    record = {"method": "lora", "scale_rule": "fixed", "ranks": ranks} | record
+    if record["method"] not in get_args(Method) or record["scale_rule"] not in get_args(ScaleRule):
+        raise PhoenixError(f"adapter: {path} has no known method and scale_rule; give an adapter that phx tune wrote")
     return record
 
 
@@ -236,12 +241,12 @@ def is_masked(directory: Path) -> bool:
     return bool(_read_record(directory)["masked"])
 
 
-def adapter_space(directory: Path) -> tuple[int, ...]:
-    """The ranks that a super-adapter was trained with, the largest first."""
+def adapter_space(directory: Path) -> Space:
+    """The ranks that a super-adapter was trained with, the largest first: of all layers, or by layer."""
     space = _read_record(directory).get("space")
-    if not space:
+    if not space or (isinstance(space, dict) and not all(space.values())):
         raise PhoenixError(f"adapter: {directory} is no super-adapter; give the one that fine-tuning wrote")
-    return tuple(space)
+    return {name: tuple(ranks) for name, ranks in space.items()} if isinstance(space, dict) else tuple(space)
 
 
 def load_adapter(model: Any, directory: Path, masks: Masks | None) -> PeftModel:
@@ -263,17 +268,24 @@ def load_adapter(model: Any, directory: Path, masks: Masks | None) -> PeftModel:
             raise PhoenixError(
                 f"adapter: {directory} was trained through other masks than these; give the ones of its run"
             )
+    kind, _ = PEFT_NAMES[record["method"]]
     try:
-        tensors = load_file(directory / "adapter_model.safetensors")
+        if config["peft_type"] != kind:
+            raise ValueError(f"adapter_config.json says {config['peft_type']} and {RECORD} {record['method']}")
+        rank = int(config["r"])
         adapted = add_adapter(
             model,
-            rank=int(config["r"]),
-            scale=float(config["lora_alpha"]) / int(config["r"]),
+            rank=rank,
+            scale=float(config["lora_alpha"]) / rank if kind == "LORA" else 1.0,
             masks=masks if record["masked"] else None,
             seed=0,
             targets=tuple(config["target_modules"]),
-            rank_pattern=config["rank_pattern"],
+            rank_pattern=record["ranks"] or config["rank_pattern"],
+            alpha_pattern=config.get("alpha_pattern"),
+            method=record["method"],
+            scale_rule=record["scale_rule"],
         )
+        tensors = _as_lora(load_file(directory / "adapter_model.safetensors"), record["ranks"])
         outcome: Any = set_peft_model_state_dict(adapted, tensors, adapter_name=ADAPTER)
     except (*LIBRARY_ERRORS, SafetensorError, re.error) as error:
         raise PhoenixError(f"adapter: {directory} can't be loaded ({first_line(error)})") from error
@@ -281,3 +293,12 @@ def load_adapter(model: Any, directory: Path, masks: Masks | None) -> PeftModel:
     if stray:
         raise PhoenixError(f"adapter: {directory} does not fit this model ({stray[0]})")
     return adapted.to(next(model.parameters()).device).eval()
+
+
+def _as_lora(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """HiRA's factors (those of layers with ranks) by the names that an elastic layer has for them, cut to the ranks."""
+    for name, rank in ranks.items():
+        start = f"base_model.model.{name}"
+        tensors[f"{start}.lora_A.weight"] = tensors.pop(f"{start}.hira_A")[:rank].contiguous()
+        tensors[f"{start}.lora_B.weight"] = tensors.pop(f"{start}.hira_B")[:, :rank].contiguous()
+    return tensors

@@ -9,11 +9,11 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from phoenix_sparse.finetuning.elastic import Ranks, median, uniform
+from phoenix_sparse.finetuning.elastic import Ranks, Space, Spaces, is_fixed, largest, middle, smallest, spaces
 from phoenix_sparse.finetuning.settings import SearchSettings
 from phoenix_sparse.progress import Progress
 
@@ -85,7 +85,7 @@ class Candidates:
 
 def search(
     layers: Iterable[str],
-    space: tuple[int, ...],
+    space: Space,
     settings: SearchSettings,
     *,
     evaluate: Callable[[Ranks], Score],
@@ -97,8 +97,8 @@ def search(
     """Try sub-adapters within the budgets of the settings and choose one.
 
     Args:
-        layers: the adapted layers.
-        space: ranks that a layer may have, the largest first.
+        layers: the adapted layers' full names.
+        space: ranks that a layer may have: of all layers, or by layer.
         settings: budgets.
         evaluate: gives a sub-adapter's validation accuracy.
         count_parameters: gives a sub-adapter's size.
@@ -109,23 +109,23 @@ def search(
     Returns:
         `space`, `methods`, `budget`, `candidates`, `front` (ids), `choice` (id) and `rule`.
     """
-    names = list(layers)
-    fixed = len(space) == 1
+    of_layer = spaces(layers, space)
+    fixed = is_fixed(of_layer)
     methods = {"median": 1, "bounds": 2 if settings.bounds else 0}
     methods |= {"hill_climb": settings.hill_climb, "nsga2": settings.nsga2}
     if fixed:
         methods = {"median": 1}
     budget = sum(methods.values())
     candidates = Candidates(evaluate, count_parameters, journal, progress, budget)
-    candidates.score(uniform(names, median(space)), "median")
+    candidates.score(middle(of_layer), "median")
     if not fixed:
         if settings.bounds:
-            candidates.score(uniform(names, space[0]), "largest")
-            candidates.score(uniform(names, space[-1]), "smallest")
-        hill_climb(candidates, names, space, settings.hill_climb, seed)
-        nsga2(candidates, names, space, settings.nsga2, settings.population, seed)
+            candidates.score(largest(of_layer), "largest")
+            candidates.score(smallest(of_layer), "smallest")
+        hill_climb(candidates, of_layer, settings.hill_climb, seed)
+        nsga2(candidates, of_layer, settings.nsga2, settings.population, seed)
     return {
-        "space": list(space),
+        "space": {n: list(r) for n, r in of_layer.items()} if isinstance(space, Mapping) else list(space),
         "method": ", ".join(name for name, evaluations in methods.items() if evaluations),
         "methods": methods,
         "budget": budget,
@@ -136,19 +136,21 @@ def search(
     }
 
 
-def hill_climb(candidates: Candidates, layers: list[str], space: tuple[int, ...], budget: int, seed: int) -> None:
+def hill_climb(candidates: Candidates, space: Spaces, budget: int, seed: int) -> None:
     """Move from the best candidate to a neighbour whenever it is better, or equal with fewer parameters.
 
-    A neighbour has a tenth of the layers one rank up or down.
+    A neighbour has a tenth of the layers that can move one rank of theirs up or down.
     """
+    layers = [layer for layer, ranks in space.items() if len(ranks) > 1]
     generator = random.Random(f"hill_climb/{seed}")
     here, spent, attempts = candidates.best(), 0, 0
     while spent < budget and attempts < 20 * budget:
         attempts += 1
         ranks = dict(here["ranks"])
         for layer in generator.sample(layers, max(1, len(layers) // 10)):
-            level = space.index(ranks[layer]) + generator.choice((-1, 1))
-            ranks[layer] = space[min(max(level, 0), len(space) - 1)]
+            choices = space[layer]
+            level = choices.index(ranks[layer]) + generator.choice((-1, 1))
+            ranks[layer] = choices[min(max(level, 0), len(choices) - 1)]
         if candidates.has(ranks):
             continue
         spent += 1
@@ -157,9 +159,7 @@ def hill_climb(candidates: Candidates, layers: list[str], space: tuple[int, ...]
             here = there
 
 
-def nsga2(
-    candidates: Candidates, layers: list[str], space: tuple[int, ...], budget: int, population: int, seed: int
-) -> None:
+def nsga2(candidates: Candidates, space: Spaces, budget: int, population: int, seed: int) -> None:
     """Optuna's NSGA-II over (accuracy up, parameters down), started from what has been tried."""
     if budget == 0:
         return
@@ -174,7 +174,7 @@ def nsga2(
     while spent < budget and attempts < 20 * budget + population:
         attempts += 1
         trial = study.ask()
-        ranks = {layer: int(trial.suggest_categorical(layer, space)) for layer in layers}
+        ranks = {layer: int(trial.suggest_categorical(layer, choices)) for layer, choices in space.items()}
         spent += not candidates.has(ranks)
         scored = candidates.score(ranks, "nsga2")
         study.tell(trial, (scored["accuracy"], scored["parameters"]))

@@ -1,12 +1,15 @@
 """What a recipe says about fine-tuning and about the search."""
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from phoenix_sparse.settings import Settings
 
 Mode = Literal["sparse_to_sparse", "sparse_to_dense"]
+Method = Literal["lora", "hira"]
+ScaleRule = Literal["fixed", "alpha_over_rank"]
 
 
 class FinetuneSettings(Settings):
@@ -16,8 +19,24 @@ class FinetuneSettings(Settings):
     dense_merge: Literal["dense", "remask"] = Field(
         "dense", description="sparse_to_dense only: merge and fill the zeros, or mask the merged weights again"
     )
-    ranks: tuple[int, ...] = Field((32, 24, 16), description="ranks that a layer may have; one rank is a fixed adapter")
-    scale: float = Field(2.0, gt=0, description="s in W + M⊙(s·BA), the same at every rank (alpha = scale · rank)")
+    method: Method = Field(
+        "lora", description="lora: the update is s·BA through the mask; hira: it is W⊙(s·BA), zero where W is"
+    )
+    ranks: tuple[int, ...] | dict[str, tuple[int, ...]] = Field(
+        (32, 24, 16),
+        description="ranks that a layer may have, one for a fixed adapter; or ranks by last names or patterns of "
+        'layers, the first that fits: {q_proj: [32, 16], "mlp.*": [24, 12], "*": [16]}',
+    )
+    sampling: Literal["uniform", "sandwich"] = Field(
+        "uniform",
+        description="uniform: one random sub-adapter a step; sandwich: the largest, the smallest and a random one, "
+        "their gradients averaged, for three forward and backward passes a step",
+    )
+    scale: float = Field(2.0, gt=0, description="s in W + M⊙(s·BA), at a layer's largest rank")
+    scale_rule: ScaleRule = Field(
+        "fixed",
+        description="fixed: s at every rank; alpha_over_rank: alpha/r, alpha being scale times a layer's largest rank",
+    )
     targets: tuple[str, ...] | None = Field(
         None,
         min_length=1,
@@ -42,15 +61,22 @@ class FinetuneSettings(Settings):
     )
     log_every: int = Field(10, ge=1, description="optimizer steps between entries of the training log")
 
-    @field_validator("ranks")
+    @field_validator("ranks", mode="before")
     @classmethod
-    def _largest_first(cls, ranks: tuple[int, ...]) -> tuple[int, ...]:
-        if not ranks or min(ranks) < 1 or len(set(ranks)) != len(ranks):
-            raise ValueError("needs one or more different whole numbers from 1 up, such as [32, 24, 16]")
-        return tuple(sorted(ranks, reverse=True))
+    def _list_or_mapping(cls, value: Any) -> Any:
+        """Say at once what is wrong, instead of once for each kind of value."""
+        if not isinstance(value, Mapping):
+            return _largest_first(value)
+        if not value or not all(isinstance(name, str) and name for name in value):
+            raise ValueError('needs ranks by last names or patterns of layers, such as {q_proj: [32, 16], "*": [16]}')
+        return {name: _largest_first(ranks, f"{name} ") for name, ranks in value.items()}
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:
+        if self.method == "hira" and self.mode == "sparse_to_dense":
+            raise ValueError("method: hira multiplies W and keeps its zeros; it goes with mode: sparse_to_sparse")
+        if self.sampling == "sandwich" and self.ranks == self.largest_ranks:
+            raise ValueError("sampling: sandwich needs a largest and a smallest rank; give ranks more than one")
         if self.mode == "sparse_to_sparse" and self.dropout:
             raise ValueError(
                 "dropout: the masked update has one product with the input and none to drop; use dropout=0"
@@ -60,6 +86,18 @@ class FinetuneSettings(Settings):
         if self.batch_size % self.micro_batch:
             raise ValueError(f"micro_batch_size: {self.micro_batch} does not divide batch_size {self.batch_size}")
         return self
+
+    @property
+    def largest_ranks(self) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
+        """The ranks of the fixed adapter that is as large as the super-adapter."""
+        if isinstance(self.ranks, Mapping):
+            return {name: ranks[:1] for name, ranks in self.ranks.items()}
+        return self.ranks[:1]
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes over a step's examples."""
+        return 3 if self.sampling == "sandwich" else 1
 
     @property
     def micro_batch(self) -> int:
@@ -74,3 +112,10 @@ class SearchSettings(Settings):
     nsga2: int = Field(0, ge=0, description="evaluations for Optuna's NSGA-II over (accuracy, adapter parameters)")
     population: int = Field(8, ge=2, description="NSGA-II's population")
     examples: int = Field(200, ge=1, description="validation examples to evaluate on, at most")
+
+
+def _largest_first(ranks: Any, where: str = "") -> tuple[int, ...]:
+    whole = isinstance(ranks, list | tuple) and all(type(rank) is int and rank > 0 for rank in ranks)
+    if not whole or not ranks or len(set(ranks)) != len(ranks):
+        raise ValueError(f"{where}needs one or more different whole numbers from 1 up, such as [32, 24, 16]")
+    return tuple(sorted(ranks, reverse=True))

@@ -9,9 +9,11 @@ Users register their own:
 """
 
 import hashlib
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -106,8 +108,10 @@ def find_importance(name: str) -> Importance:
         for point in entry_points(group=ENTRY_POINTS):
             if point.name == name:
                 _load(point)
+                if name not in _REGISTRY:
+                    raise PhoenixError(f"importance: {point.value} offers {name!r} and doesn't register it")
     if name not in _REGISTRY:
-        raise PhoenixError(f"importance: {name!r} is not known; use one of {', '.join(sorted(_REGISTRY))}")
+        raise PhoenixError(f"importance: {name!r} is not known; use one of {', '.join(importances())}")
     return _REGISTRY[name]
 
 
@@ -122,9 +126,36 @@ def _load(point: EntryPoint) -> None:
         ) from error
 
 
+def run_importance(importance: Importance, weight: Tensor, seen: Seen) -> Tensor:
+    """The scores that an importance's function gives.
+
+    Raises:
+        PhoenixError: it failed; the message says how and at which linear, and the traceback hangs on it.
+    """
+    try:
+        return importance.score(weight, seen)
+    except PhoenixError:
+        raise
+    except Exception as error:  # somebody else's code
+        asks = {"inputs=True": importance.inputs, "gradients=True": importance.gradients}
+        missing = " and ".join(what for what, asked in asks.items() if not asked)
+        none = "NoneType" in str(error) and missing  # it took what wasn't measured for a tensor
+        hint = f"; it was registered without {missing}: what that measures is None" if none else ""
+        raise PhoenixError(
+            f"importance {importance.name}: its function fails at {seen.name} "
+            f"({type(error).__name__}: {first_line(error)}, {_place(error)}){hint}"
+        ) from error
+
+
+def _place(error: BaseException) -> str:
+    """The file and line that an exception comes from."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}"
+
+
 def importances() -> list[str]:
-    """The names of all registered importances."""
-    return sorted(_REGISTRY)
+    """The names of all importances: registered in this process, or offered by installed packages."""
+    return sorted({*_REGISTRY, *(point.name for point in entry_points(group=ENTRY_POINTS))})
 
 
 def magnitude_importance(weight: Tensor) -> Tensor:

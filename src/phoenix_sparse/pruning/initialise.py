@@ -15,6 +15,7 @@ from phoenix_sparse.models import linears, prunable_linears
 from phoenix_sparse.progress import Progress
 from phoenix_sparse.pruning.allocating import Shares, allocate, sparsities
 from phoenix_sparse.pruning.blocks import Blocks
+from phoenix_sparse.pruning.fitting import require_fit
 from phoenix_sparse.pruning.gradients import Row, measure_gradients
 from phoenix_sparse.pruning.linear import Method
 from phoenix_sparse.pruning.selection import keep_globally
@@ -63,11 +64,12 @@ def initialise(
         Boolean masks on the CPU by linear, and the allocation.
 
     Raises:
-        PhoenixError: what the settings measure on is missing or isn't for this model, the pattern doesn't divide its
-            layers, the model is in training mode, `work` is of another pruning, or a step refuses what it finds.
+        PhoenixError: what the settings measure on is missing or isn't for this model, the settings don't fit its
+            shapes (`require_fit`), the model is in training mode, `work` is of another pruning, or a step refuses what
+            it finds.
     """
     method = Method.of(settings, seed)
-    _check(blocks, settings, method, calibration.tokens, work)
+    _check(blocks, settings, calibration.tokens, work)
     if work is not None:
         _claim(work, blocks, settings, calibration, seed)
     finished = FinishedBlocks(work / "blocks") if work else None
@@ -144,16 +146,13 @@ def prune(
     return initialise(Blocks(model), settings, Calibration(tokens, rows=rows), seed=seed, progress=progress)[0]
 
 
-def _check(
-    blocks: Blocks, settings: SparsifySettings, method: Method, tokens: Tensor | None, work: Path | None
-) -> None:
+def _check(blocks: Blocks, settings: SparsifySettings, tokens: Tensor | None, work: Path | None) -> None:
     """Refuse what can't end well before any of the work is done."""
     if blocks.model.training:
         raise PhoenixError("model: it is in training mode, where dropout may be at work; call model.eval() first")
     if isinstance(blocks, StreamedBlocks) and work is None:
         raise PhoenixError("work: the pruned blocks of a model on disk need a directory to go to; give one")
-    for name, layer in prunable_linears(blocks.model).items():
-        method.pattern.check(name, (layer.out_features, layer.in_features))
+    require_fit(blocks.model, settings)
     if not settings.reads_tokens:
         return
     if tokens is None or tokens.dim() != 2 or tokens.numel() == 0 or tokens.is_floating_point():

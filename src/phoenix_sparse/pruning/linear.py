@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from phoenix_sparse.errors import PhoenixError
-from phoenix_sparse.pruning.importance import Importance, Seen, find_importance
+from phoenix_sparse.pruning.importance import Importance, Seen, find_importance, run_importance
 from phoenix_sparse.pruning.observing import Observer
 from phoenix_sparse.pruning.patterns import Pattern, parse_pattern
 from phoenix_sparse.pruning.reconstruction.alps import alps
@@ -48,7 +48,7 @@ class Method:
         """
         seen = Seen(name, self.seed, observer.norms.norm if observer else None, gradient)
         version = weight._version
-        scores = self.importance.score(weight.detach(), seen)
+        scores = run_importance(self.importance, weight.detach(), seen)
         if weight._version != version:
             raise PhoenixError(
                 f"importance {self.importance.name}: it changes the weight of {name} in place; work on a copy"

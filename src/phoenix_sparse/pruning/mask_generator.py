@@ -7,6 +7,7 @@ that measures, block by block with the pruned blocks' outputs passed on, is `pho
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.models import prunable_linears
-from phoenix_sparse.pruning.importance import Importance, Seen, find_importance
+from phoenix_sparse.pruning.importance import Importance, Seen, find_importance, run_importance
 from phoenix_sparse.pruning.selection import keep, keep_globally
 from phoenix_sparse.pruning.structured import structured_levels
 
@@ -203,7 +204,7 @@ class _Scores(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self.weights[name].detach()
-        scores = self.importance.score(weight, self._seen(name))
+        scores = run_importance(self.importance, weight, self._seen(name))
         if scores.shape != weight.shape or scores.isnan().any():
             raise PhoenixError(
                 f"importance: {self.importance.name} gave scores of shape {tuple(scores.shape)} for {name}, "
@@ -248,8 +249,8 @@ def _is_matrix(value: Any) -> bool:
 
 
 def _check_sparsity(sparsity: float) -> None:
-    if not 0 <= sparsity < 1:
-        raise PhoenixError(f"sparsity: {sparsity} is not in [0, 1); 0.5 drops half of the weights")
+    if not isinstance(sparsity, Real) or not 0 <= sparsity < 1:
+        raise PhoenixError(f"sparsity: {sparsity!r} is not in [0, 1); 0.5 drops half of the weights")
 
 
 def _check_method(method: str) -> None:

@@ -87,6 +87,17 @@ def structured_levels(
     return levels
 
 
+def require_reachable(model: Any, sparsity: float) -> None:
+    """Refuse a sparsity that structured pruning can't give this model, from its shapes alone.
+
+    Raises:
+        PhoenixError: as `structured_masks` for scores that fit.
+    """
+    _how_many(
+        model, find_units(model), sum(layer.weight.numel() for layer in prunable_linears(model).values()), sparsity
+    )
+
+
 def find_units(model: Any, *, attention: bool = True) -> list[dict[str, Units]]:
     """The units of every decoder block: `mlp`, and `attention` where it is asked for and its form is known.
 

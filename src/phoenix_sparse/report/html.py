@@ -66,6 +66,7 @@ def context(facts: Facts) -> dict[str, Any]:
         "roles": ROLES,
         "role_names": facts.role_names,
         "headline": text.headline(facts),
+        "pruning": text.pruning(facts.allocation) if facts.allocation else None,
         "base": _shown(model.path) if model else None,
         "settings": list(text.flatten(facts.recipe)) if facts.recipe is not None else None,
         # The report is written while its own stage runs.

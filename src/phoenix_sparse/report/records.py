@@ -76,6 +76,13 @@ class Allocation(Record):
     sparsity: float = Field(ge=0, le=1)
     method: str
     layers: dict[str, AllocatedLayer]
+    importance: str | None = None
+    update: str | None = None
+    pattern: str | None = None
+    group: str | None = None
+    calibration_sequences: int | None = None
+    calibration_length: int | None = None
+    calibration_examples: int | None = None
 
 
 class TuneStep(Record):
@@ -105,7 +112,7 @@ class Candidate(Record):
 
 
 class Search(Record):
-    space: list[int]
+    space: list[int] | dict[str, list[int]]
     method: str
     budget: int
     validation_examples: int
@@ -113,6 +120,12 @@ class Search(Record):
     front: list[int | str]
     choice: int | str
     rule: str
+
+    @property
+    def ranks_tried(self) -> str:
+        """The ranks of all layers, or the different ranks that there are, the largest first."""
+        kinds = list(self.space.values()) if isinstance(self.space, dict) else [self.space]
+        return " or ".join(dict.fromkeys(", ".join(map(str, ranks)) for ranks in sorted(kinds, reverse=True)))
 
 
 class CertifiedLayer(Record):

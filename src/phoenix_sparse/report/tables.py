@@ -92,7 +92,7 @@ def plan_table(figures: Mapping[str, Mapping[str, float]]) -> "Table":
     table.add_column()
     table.add_column(justify="right")
     titles = {"memory_bytes": "memory of training", "search_bytes": "memory of the search", "disk_bytes": "disk"}
-    titles |= {"seconds": "time"}
+    titles |= {"pruning_bytes": "memory of pruning", "seconds": "time"}
     for group, values in figures.items():
         for index, (name, value) in enumerate(values.items()):
             if group in titles:

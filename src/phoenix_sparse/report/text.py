@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from phoenix_sparse.report.facts import Facts
-from phoenix_sparse.report.records import Accuracy
+from phoenix_sparse.report.records import Accuracy, Allocation
 
 MISSING = "not measured"
 
@@ -89,6 +89,26 @@ def _plain(value: Any) -> str:
     if isinstance(value, list) and value:
         return ", ".join(_plain(item) for item in value)
     return str(value)
+
+
+def pruning(allocation: Allocation) -> str:
+    """How the masks were made: importance or update, pattern, allocation, and what was measured on."""
+    chosen = allocation.update in ("sparsegpt", "alps")  # by scores of its own, except in an evolutionary search
+    parts = []
+    if allocation.importance and (not chosen or allocation.method == "evolutionary"):
+        parts.append(f"importance {allocation.importance}{' (in the search)' if chosen else ''}")
+    if allocation.update not in (None, "none"):
+        parts.append(f"update {allocation.update}")
+    if allocation.pattern:
+        parts.append(f"pattern {allocation.pattern}")
+    method = "written down" if allocation.method == "explicit" else allocation.method
+    parts.append(f"allocation {'by one threshold for all layers' if allocation.group == 'global' else method}")
+    if allocation.calibration_sequences:
+        count, length = number(allocation.calibration_sequences), number(allocation.calibration_length or 0)
+        parts.append(f"measured on {count} sequences of {length} tokens")
+    if allocation.calibration_examples:
+        parts.append(f"gradients of {number(allocation.calibration_examples)} examples")
+    return ", ".join(parts)
 
 
 def headline(facts: Facts) -> str:

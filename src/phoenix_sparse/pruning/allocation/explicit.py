@@ -102,9 +102,10 @@ def _require_total(fixed: Allocation, target: float, sizes: Sizes, units: Sizes 
     spent = sum(drops(fixed, sizes, units=units).values())
     slack = sum(1 if units is None else units[name] for name in fixed)
     if abs(spent - target * total) > slack:
+        way = "its values, or leave layers out of it to share what is left" if what == "the table" else "its values"
         raise PhoenixError(
             f"sparsify.allocation: {what} fixes every layer and gives a sparsity of {spent / total:.6f} in all, "
-            f"not {target}; change its values, or leave layers out of it to share what is left"
+            f"not {target}; change {way}, or sparsity"
         )
 
 

@@ -1,0 +1,171 @@
+"""One linear on the CPU: packed weights against dense ones, by density and batch, beside the memory's bandwidth.
+
+    OMP_NUM_THREADS=2 PYTHONPATH=src python benchmarks/sparse_linear_cpu.py --json sparse_linear_cpu.json
+
+Everything is timed in one process and in turns, so that between two runs of a variant hundreds of megabytes of other
+weights went through the caches. All weights lie on huge pages, torch's too. Before anything is timed, each packed
+product is compared with float64.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import facts, print_table, summary, time_in_turn
+from torch import Tensor
+
+from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.files import write_json
+from phoenix_sparse.runtime.kernels.library import Library, library
+from phoenix_sparse.runtime.kernels.linear import sparse_linear
+from phoenix_sparse.runtime.kernels.placing import place
+from phoenix_sparse.runtime.packed import Packed, pack, quantize
+
+# Huge pages for what torch allocates while it computes. glibc reads its own only when a process starts.
+PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "THP_MEM_ALLOC_ENABLE": "1"}
+READ = 2**28  # bytes that bandwidth is measured with
+TORCH, OWN = "torch bf16", "own dense bf16"
+
+Product = Callable[[Tensor], Tensor]
+
+
+def _dense(weight: Tensor, compiled: Library) -> dict[str, tuple[Product, int]]:
+    """Dense products and the bytes of their weights."""
+    bf16, fp32 = place(weight), place(weight.float())
+    scales = (weight.float().abs().amax(1) / 127).bfloat16()
+    int8 = place((weight.float() / scales.float()[:, None]).round().clamp(-127, 127).to(torch.int8))
+    found: dict[str, tuple[Product, int]] = {
+        TORCH: (lambda x: torch.nn.functional.linear(x, bf16), bf16.nbytes),
+        "torch fp32": (lambda x: torch.nn.functional.linear(x.float(), fp32), fp32.nbytes),
+        "torch int8": (lambda x: torch._weight_int8pack_mm(x, int8, scales), int8.nbytes),
+    }
+    if compiled.has_dense:
+        found[OWN] = (lambda x: compiled.dense(x, bf16), bf16.nbytes)
+    return found
+
+
+def _packed(weight: Tensor, density: float, generator: torch.Generator) -> dict[str, tuple[Product, int]]:
+    """Packed products and the bytes of their weights."""
+    kept = pack(weight * (torch.rand(weight.shape, generator=generator) < density))
+    found = {}
+    for name, packed in (("bf16", kept), ("int8", quantize(kept))):
+        parts = (place(packed.bitmask), place(packed.compressed), packed.row_offsets, packed.scales)
+        _compare(packed, parts)
+        size = sum(part.nbytes for part in parts if part is not None)
+        found[f"{density:.0%} kept, {name}"] = (_product(parts), size)
+    return found
+
+
+def _product(parts: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> Product:
+    return lambda x: sparse_linear(x, *parts)
+
+
+def _compare(packed: Packed, parts: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None:
+    """Compare some rows with float64.
+
+    Raises:
+        PhoenixError: they differ by more than the rounding to bfloat16.
+    """
+    x = torch.randn(3, packed.shape[1]).bfloat16()
+    places = torch.arange(8, dtype=torch.uint8)
+    for row in range(0, packed.shape[0], packed.shape[0] // 16 or 1):
+        kept = ((packed.bitmask[row][:, None] >> places) & 1).flatten()[: packed.shape[1]].bool()
+        weight = torch.zeros(packed.shape[1], dtype=torch.float64)
+        weight[kept] = packed.compressed[packed.row_offsets[row] : packed.row_offsets[row + 1]].double()
+        weight *= 1 if packed.scales is None else packed.scales[row].double()
+        exact, found = x.double() @ weight, sparse_linear(x, *parts)[:, row].double()
+        if not ((found - exact).abs() <= 2**-8 * exact.abs() + 1e-5 * weight.norm()).all():
+            raise PhoenixError(f"row {row} of the packed product is wrong: {found} instead of {exact}")
+
+
+def _measure(
+    products: dict[str, tuple[Product, int]], compiled: Library, batch: int, columns: int, repeats: int
+) -> Any:
+    x = torch.randn(batch, columns).bfloat16()
+    memory = place(torch.ones(READ, dtype=torch.uint8))
+    # Batches beyond the dense kernel's are compared with torch alone.
+    chosen = {name: one for name, one in products.items() if name != OWN or batch <= 8}
+    steps: dict[str, Callable[[], object]] = {name: _step(one, x) for name, (one, _) in chosen.items()}
+    with torch.inference_mode():
+        seconds = time_in_turn({"read": lambda: compiled.read(memory)} | steps, torch.device("cpu"), repeats, 1)
+    read = summary(seconds["read"], {})
+    references = {"torch": seconds[TORCH]} | ({"own": seconds[OWN]} if OWN in chosen else {})
+    return {"batch": batch, "bandwidth": READ / read["seconds"]}, [
+        {"variant": name, "batch": batch, "bytes": size}
+        | summary(seconds[name], references)
+        # Of two times in one repeat, so that what slows the machine down meanwhile falls out.
+        | {"share": size / READ / summary(seconds[name], {"read": seconds["read"]})["ratio_read"]}
+        for name, (_, size) in chosen.items()
+    ]
+
+
+def _step(product: Product, x: Tensor) -> Callable[[], object]:
+    return lambda: product(x)
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    middle, low, high = (f"{row[key] * 1e3:.2f}" for key in ("seconds", "seconds_q1", "seconds_q3"))
+    return {
+        "variant": row["variant"],
+        "ms [quartiles]": f"{middle} [{low}-{high}]",
+        "MB": f"{row['bytes'] / 1e6:.0f}",
+        "share of read": f"{row['share']:.0%}",
+        "x torch bf16": f"{1 / row['ratio_torch']:.2f}",
+        "x own dense": f"{1 / row['ratio_own']:.2f}" if "ratio_own" in row else "",
+    }
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Time packed linears beside dense ones on the CPU.")
+    parser.add_argument("--shape", default="14336x4096", metavar="OUTxIN")
+    parser.add_argument("--density", type=float, nargs="+", default=[0.5, 0.3, 0.1], help="shares of weights kept")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8, 16, 64])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = _arguments()
+    if arguments.repeats < 2:
+        raise PhoenixError(f"--repeats: {arguments.repeats} is too few for quartiles; give 2 or more")
+    compiled = library()
+    if compiled is None:
+        raise PhoenixError("the CPU kernels are not built, so there is nothing to time")
+    out, columns = map(int, arguments.shape.split("x"))
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(out, columns, generator=generator) / columns**0.5).bfloat16()
+    products = _dense(weight, compiled)
+    for density in arguments.density:
+        products |= _packed(weight, density, generator)
+    record = facts(torch.device("cpu"), torch.bfloat16) | {
+        "kernels": compiled.describe(),
+        "shape": [out, columns],
+        "bandwidth": [],
+        "rows": [],
+    }
+    print(f"{record['hardware']}; {record['threads']} threads; torch {torch.__version__}; {record['kernels']}")
+    print(f"{record['date']}, commit {record['commit'] or 'unknown'}; load average {record['load_average']:.1f}")
+    print("Medians over repeats; ratios and shares are medians of those within a repeat.")
+    for batch in arguments.batch:
+        read, rows = _measure(products, compiled, batch, columns, arguments.repeats)
+        print(f"\n{out}x{columns} (out x in), batch {batch}; reading takes {read['bandwidth'] / 1e9:.1f} GB/s")
+        print_table([_cells(row) for row in rows])
+        record["bandwidth"].append(read)
+        record["rows"] += rows
+        if arguments.json is not None:
+            write_json(arguments.json, record)
+
+
+if __name__ == "__main__":
+    if any(os.environ.get(name) != value for name, value in PAGES.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | PAGES)
+    try:
+        main()
+    except PhoenixError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,130 @@
+"""The commands of deployment: pack, unpack, generate, bench. `cli` joins them to the others."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from phoenix_sparse.commands import refuse_existing, say
+from phoenix_sparse.errors import PhoenixError
+
+app = typer.Typer()
+
+Directory = Annotated[str, typer.Argument(help="a Hugging Face model directory or a hub name", show_default=False)]
+PackedDirectory = Annotated[Path, typer.Argument(help="a directory that phx pack wrote", show_default=False)]
+AnyModel = Annotated[str, typer.Argument(help="a model directory, packed or not", show_default=False)]
+Out = Annotated[Path, typer.Option(help="the directory to write", show_default=False)]
+DtypeName = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16")]
+DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu or cuda")]
+ValuesName = Annotated[str, typer.Option(help="of the kept weights: auto (as stored), bf16 or int8")]
+
+
+@app.command()
+def pack(model: Directory, *, out: Out, values: ValuesName = "auto") -> None:
+    """Write a packed copy of a pruned model: a bit a weight and the kept values. It opens where Phoenix is imported."""
+    from phoenix_sparse.console import showing
+    from phoenix_sparse.models import find_model
+    from phoenix_sparse.runtime.packing import check_values, pack_model
+
+    chosen = check_values(values)
+    refuse_existing(out)
+    with showing() as show:
+        record = pack_model(find_model(model), out, values=chosen, progress=show.progress)
+    if not record["layers"]:
+        say(f"packed: {out}, as it was: no linear of it is sparse enough to be smaller packed")
+        return
+    if record["negative_zeros"]:
+        say(f"negative zeros: {record['negative_zeros']:,} became zeros; unpacking gives equal weights, not equal bits")
+    say(
+        f"packed: {out}",
+        f"linears: {record['layers']}, {record['nnz'] / record['weights']:.1%} of their weights kept, "
+        f"{record['bytes_per_weight']:.3f} bytes a weight",
+        f"weights on disk: {record['packed_bytes'] / 2**20:.1f} MiB of {record['dense_bytes'] / 2**20:.1f} "
+        f"({record['packed_bytes'] / record['dense_bytes']:.0%})",
+    )
+
+
+@app.command()
+def unpack(directory: PackedDirectory, *, out: Out) -> None:
+    """Write the dense directory of a packed one again: bit for bit, unless its values are int8."""
+    from phoenix_sparse.console import showing
+    from phoenix_sparse.runtime.packing import unpack_model
+
+    refuse_existing(out)
+    with showing() as show:
+        unpack_model(directory, out, progress=show.progress)
+    say(f"model: {out}")
+
+
+@app.command()
+def generate(
+    model: AnyModel,
+    prompt: Annotated[str, typer.Argument(help="what to continue", show_default=False)],
+    *,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to add at most")] = 64,
+    dtype: DtypeName = "auto",
+    device: DeviceName = "auto",
+) -> None:
+    """Continue a prompt with a packed or an ordinary model, greedily."""
+    from phoenix_sparse.models import find_model, load_tokenizer
+    from phoenix_sparse.recipe import check
+    from phoenix_sparse.runtime.loading import generate as continue_text
+    from phoenix_sparse.runtime.loading import open_model
+    from phoenix_sparse.steps import Common
+
+    options, directory = check(Common, {"dtype": dtype, "device": device}, "options"), find_model(model)
+    tokenizer = load_tokenizer(directory)
+    loaded = open_model(directory, options.dtype, options.device)
+    say(continue_text(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens))
+
+
+@app.command()
+def bench(
+    model: AnyModel,
+    *,
+    batch: Annotated[list[int] | None, typer.Option(help="sequences at once; 1, 4 and 16 unless given")] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="tokens of each prompt")] = 128,
+    tokens: Annotated[int, typer.Option(min=1, help="tokens decoded after it")] = 32,
+    repeats: Annotated[int, typer.Option(min=2, help="of each measurement")] = 5,
+    layers: Annotated[bool, typer.Option("--layers", help="measure single linears too")] = False,
+    values: ValuesName = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="of the CPU; torch's own number unless given")] = None,
+    dtype: DtypeName = "auto",
+    device: DeviceName = "auto",
+    out: Annotated[Path | None, typer.Option(help="write bench.json here", show_default=False)] = None,
+) -> None:
+    """Measure tokens per second of prefill and decode, dense against sparse, in turns within one process."""
+    from phoenix_sparse.console import OUT, showing
+    from phoenix_sparse.files import write_json
+    from phoenix_sparse.models import find_model
+    from phoenix_sparse.recipe import check
+    from phoenix_sparse.report import bench_tables
+    from phoenix_sparse.runs import host
+    from phoenix_sparse.runtime.bench import measure
+    from phoenix_sparse.runtime.packing import check_values
+    from phoenix_sparse.steps import Common
+
+    options, chosen = check(Common, {"dtype": dtype, "device": device}, "options"), check_values(values)
+    batches = batch or [1, 4, 16]
+    if min(batches) < 1:
+        raise PhoenixError(f"bench: --batch {min(batches)} is no number of sequences; give 1 or more")
+    with showing() as show:
+        record = measure(
+            find_model(model),
+            values=chosen,
+            batches=batches,
+            prompt=prompt,
+            tokens=tokens,
+            repeats=repeats,
+            with_layers=layers,
+            threads=threads,
+            dtype=options.dtype,
+            device=options.device,
+            progress=show.progress,
+        )
+    record["host"] = host()
+    for table in bench_tables(record):
+        OUT.print(table)
+    if out is not None:
+        write_json(out, record)
+        say(f"written: {out}")

@@ -1,0 +1,1 @@
+"""Running sparse models: packed weights, from the file to the token."""

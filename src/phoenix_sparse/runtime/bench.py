@@ -1,0 +1,325 @@
+"""Measured speed: a model dense against packed, and its linears one by one, in one process and in turns."""
+
+import gc
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.models import prunable_linears
+from phoenix_sparse.progress import Progress
+from phoenix_sparse.runtime.loading import open_model
+from phoenix_sparse.runtime.packed import pack, quantize
+from phoenix_sparse.runtime.packing import Values
+from phoenix_sparse.runtime.sparse_linear import SparseLinear
+from phoenix_sparse.settings import Device, Dtype
+
+Work = Callable[[], object]
+
+
+@dataclass
+class Spread:
+    """Seconds: the median and the quartiles of repeats."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "Spread":
+        if len(seconds) == 1:
+            return cls(seconds[0], seconds[0], seconds[0])
+        low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        return cls(middle, low, high)
+
+
+def in_turns(work: Mapping[str, Work], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Time each piece of work once a repeat, in an order that turns round, after one run of each to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for one in work.values():
+        one()
+    for repeat in range(repeats):
+        for name in list(work)[:: 1 if repeat % 2 == 0 else -1]:
+            _wait(device)
+            start = time.perf_counter()
+            work[name]()
+            _wait(device)
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(
+    directory: Path,
+    *,
+    values: Values,
+    batches: Sequence[int],
+    prompt: int,
+    tokens: int,
+    repeats: int,
+    with_layers: bool,
+    threads: int | None,
+    dtype: Dtype,
+    device: Device,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """What `phx bench` shows, of a directory packed or not.
+
+    Returns:
+        `weight_bytes` of both forms, `throughput` (see there), `layers` (see there; empty unless asked for), and what
+        it was measured on: `dtype`, `values`, `threads`, `torch`.
+
+    Raises:
+        PhoenixError: the model can't be loaded, has too short a context, or is not sparse enough to be packed.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model = open_model(directory, dtype, device)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and prompt + tokens > longest:
+        raise PhoenixError(f"bench: {prompt} + {tokens} tokens are more than the model's context of {longest}")
+    pair = Pair(model, values)
+    first = next(iter(pair.forms["sparse"].values()))
+    return {
+        "model": directory.name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "values": str(first.compressed.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "weight_bytes": {form: pair.bytes(form) for form in pair.forms},
+        "throughput": throughput(
+            pair, batches=batches, prompt=prompt, tokens=tokens, repeats=repeats, progress=progress
+        ),
+        "layers": layers(pair, batches=batches, repeats=max(repeats, 10)) if with_layers else [],
+    }
+
+
+class Pair:
+    """One model of which the linears can be swapped: dense, or packed. Both forms are in memory."""
+
+    def __init__(self, model: Any, values: Values) -> None:
+        """Take a dense model or a packed one.
+
+        Raises:
+            PhoenixError: no linear of it is smaller packed.
+        """
+        self.model = model.eval()
+        self.forms: dict[str, dict[str, Any]] = {"dense": {}, "sparse": {}}
+        for name, module in model.named_modules():
+            if isinstance(module, SparseLinear):
+                self.forms["sparse"][name] = module
+                self.forms["dense"][name] = _dense(module)
+        if not self.forms["sparse"]:
+            for name, linear in prunable_linears(model).items():
+                packed = pack(linear.weight.bfloat16() if values == "bf16" else linear.weight)
+                packed = quantize(packed) if values == "int8" else packed
+                if sum(part.nbytes for part in packed.tensors().values()) < linear.weight.nbytes:
+                    sparse = SparseLinear.of(packed, linear.weight.dtype, linear.bias)
+                    self.forms["dense"][name] = linear
+                    self.forms["sparse"][name] = sparse.to(linear.weight.device)
+        if not self.forms["sparse"]:
+            raise PhoenixError("bench: no linear of this model is sparse enough to be packed; prune it first")
+
+    @contextmanager
+    def as_(self, form: str) -> Iterator[Any]:
+        """The model in one form."""
+        self._put(form)
+        yield self.model
+
+    def _put(self, form: str) -> None:
+        for name, module in self.forms[form].items():
+            parent, _, leaf = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), leaf, module)
+
+    def bytes(self, form: str) -> int:
+        """Of all weights in one form; tied ones once."""
+        with self.as_(form) as model:
+            tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if t.numel()}
+        return sum(tensors.values())
+
+
+def _dense(module: SparseLinear) -> nn.Linear:
+    linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(module.dense(), requires_grad=False)
+    linear.register_parameter("bias", module.bias)
+    return linear
+
+
+@torch.inference_mode()
+def throughput(
+    pair: Pair,
+    *,
+    batches: Sequence[int],
+    prompt: int,
+    tokens: int,
+    repeats: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Prefill and decode, dense and sparse, by batch size.
+
+    Args:
+        pair: the model in both forms.
+        batches: sequences at once.
+        prompt: tokens of each prompt (random ones: the speed doesn't depend on them).
+        tokens: decoded after it, one at a time, with a cache that grows.
+        repeats: of each measurement.
+        seed: of the tokens.
+        progress: called with (what, done, all).
+
+    Returns:
+        A row for each batch: for `prefill` and `decode`, `tokens_per_second` of each form with its quartiles, and the
+        ratio sparse / dense (the median over repeats); on a GPU the peak memory of each form, bytes.
+    """
+    device = pair.model.get_input_embeddings().weight.device
+    vocabulary, generator = pair.model.config.vocab_size, torch.Generator().manual_seed(seed)
+    rows = []
+    for number, batch in enumerate(batches):
+        ids = torch.randint(0, vocabulary, (batch, prompt), generator=generator).to(device)
+        seconds: dict[str, dict[str, list[float]]] = {"prefill": {}, "decode": {}}
+        peaks: dict[str, int | None] = {}
+        for repeat in range(repeats + 1):  # the first warms up
+            for form in ("dense", "sparse") if repeat % 2 == 0 else ("sparse", "dense"):
+                with pair.as_(form) as model:
+                    times, peaks[form] = _generate(model, ids, tokens, device)
+                if repeat:
+                    for phase, value in times.items():
+                        seconds[phase].setdefault(form, []).append(value)
+        row: dict[str, Any] = {"batch": batch, "prompt": prompt, "tokens": tokens, "peak_bytes": peaks}
+        for phase, count in (("prefill", batch * prompt), ("decode", batch * tokens)):
+            found = seconds[phase]
+            ratios = [dense / sparse for dense, sparse in zip(found["dense"], found["sparse"], strict=True)]
+            row[phase] = {
+                "tokens_per_second": {form: asdict(_rate(count, Spread.of(found[form]))) for form in found},
+                "ratio": statistics.median(ratios),
+            }
+        rows.append(row)
+        if progress is not None:
+            progress("batch size", number + 1, len(batches))
+    return rows
+
+
+def _rate(count: int, seconds: Spread) -> Spread:
+    return Spread(count / seconds.median, count / seconds.high, count / seconds.low)
+
+
+def _generate(model: Any, ids: Tensor, tokens: int, device: torch.device) -> tuple[dict[str, float], int | None]:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    _wait(device)
+    start = time.perf_counter()
+    output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    _wait(device)
+    middle = time.perf_counter()
+    for _ in range(tokens):
+        chosen = output.logits[:, -1:].argmax(-1)
+        output = model(input_ids=chosen, past_key_values=output.past_key_values, use_cache=True)
+    _wait(device)
+    end = time.perf_counter()
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return {"prefill": middle - start, "decode": end - middle}, peak
+
+
+@torch.inference_mode()
+def layers(pair: Pair, *, batches: Sequence[int], repeats: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Each shape of linear by itself, against torch's dense product in the model's dtype, in float32 and in int8.
+
+    Weights of all layers of a shape take turns, so that no cache holds them between two repeats.
+
+    Returns:
+        A row for each shape and batch: seconds of each kind, the bytes of weights that it reads, and
+        `bandwidth_share`: those bytes a second over the bandwidth that was measured beside it.
+    """
+    device = pair.model.get_input_embeddings().weight.device
+    bandwidth = measure_bandwidth(device)
+    by_shape: dict[tuple[int, int], list[str]] = {}
+    for name, module in pair.forms["sparse"].items():
+        by_shape.setdefault((module.out_features, module.in_features), []).append(name)
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for (out, inner), names in by_shape.items():
+        kinds = _kinds(pair, names)
+        for batch in batches:
+            x = torch.randn(batch, inner, generator=generator).to(device, pair.model.dtype)
+            work = {kind: _taking_turns(functions, x) for kind, (functions, _) in kinds.items()}
+            seconds = in_turns(work, repeats, device)
+            rows.append(
+                {
+                    "shape": [out, inner],
+                    "layers": len(names),
+                    "batch": batch,
+                    "bandwidth": bandwidth,
+                    "kinds": {
+                        kind: {
+                            "seconds": asdict(Spread.of(seconds[kind])),
+                            "weight_bytes": size,
+                            "bandwidth_share": size / statistics.median(seconds[kind]) / bandwidth,
+                        }
+                        for kind, (_, size) in kinds.items()
+                    },
+                }
+            )
+    return rows
+
+
+Linears = list[Callable[[Tensor], Tensor]]
+
+
+def _kinds(pair: Pair, names: list[str]) -> dict[str, tuple[Linears, int]]:
+    """The layers of one shape in each kind, and the bytes of one."""
+    sparse, dense = ([pair.forms[form][name] for name in names] for form in ("sparse", "dense"))
+    size = sum(part.nbytes for part in sparse[0].packed.tensors().values())
+    kinds: dict[str, tuple[Linears, int]] = {"sparse": (list(sparse), size)}
+    weight: Tensor = dense[0].weight
+    kinds[f"torch {str(weight.dtype).removeprefix('torch.')}"] = (list(dense), weight.nbytes)
+    if weight.dtype != torch.float32:
+        wide: Linears = [_product(layer.weight.float()) for layer in dense]
+        kinds["torch float32"] = (wide, weight.numel() * 4)
+    if weight.device.type == "cpu":
+        kinds["torch int8"] = ([_int8(layer) for layer in dense], weight.numel())
+    return kinds
+
+
+def _product(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: nn.functional.linear(x.float(), weight)
+
+
+def _int8(linear: Any) -> Callable[[Tensor], Tensor]:
+    """torch's weight-only int8: one scale a row, activations quantized as they come."""
+    plain = nn.Linear(linear.in_features, linear.out_features, bias=False)
+    plain.weight = nn.Parameter(linear.weight.float(), requires_grad=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated for years, and still torch's int8 linear
+        quantized = torch.ao.quantization.quantize_dynamic(nn.Sequential(plain), {nn.Linear}, dtype=torch.qint8)
+    return lambda x: quantized(x.float())
+
+
+def _taking_turns(functions: Linears, x: Tensor) -> Work:
+    position = 0
+
+    def work() -> Tensor:
+        nonlocal position
+        position = (position + 1) % len(functions)
+        return functions[position](x)
+
+    return work
+
+
+def measure_bandwidth(device: torch.device, size: int = 2**28) -> float:
+    """Bytes a second of reading memory: the best of some sums over a buffer of 256 MiB that no cache holds."""
+    buffer = torch.ones(size // 4, dtype=torch.float32, device=device)
+    seconds = in_turns({"read": lambda: buffer.sum()}, 7, device)["read"]
+    return size / min(seconds)

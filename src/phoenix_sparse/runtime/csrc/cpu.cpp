@@ -1,0 +1,46 @@
+// What this processor has, and what the operating system saves of it at a context switch.
+#include "kernels.h"
+
+#if PHX_X86
+#include <cpuid.h>
+
+#include "avx512.h"
+
+namespace phx {
+namespace {
+
+struct Features {
+    bool avx2 = false, avx512_vnni = false, avx512_bf16 = false;
+
+    Features() {
+        unsigned a, b, c, d;
+        if (!__get_cpuid_count(1, 0, &a, &b, &c, &d)) return;
+        const bool fma = c >> 12 & 1, osxsave = c >> 27 & 1, avx = c >> 28 & 1, popcnt = c >> 23 & 1;
+        if (!osxsave || !avx || !fma || !popcnt) return;
+        unsigned saved, high;
+        __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+        const bool ymm = (saved & 0x6) == 0x6, zmm = (saved & 0xe6) == 0xe6;
+        if (!ymm || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+        const unsigned last = a, features = b, more = c;
+        auto has = [](unsigned word, int bit) { return (word >> bit & 1) != 0; };
+        avx2 = has(features, 5) && has(features, 3) && has(features, 8);  // and BMI 1 and 2
+        avx512_vnni = avx2 && zmm && has(features, 16) && has(features, 17) && has(features, 30) &&
+                      has(features, 31) &&                                  // F, DQ, BW, VL
+                      has(more, 1) && has(more, 6) && has(more, 11);        // VBMI, VBMI2, VNNI
+        if (avx512_vnni && last >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) avx512_bf16 = has(a, 5);
+    }
+};
+
+const Features& features() {
+    static const Features found;
+    return found;
+}
+
+}  // namespace
+
+bool avx2_available() { return features().avx2; }
+bool avx512_vnni_available() { return features().avx512_vnni; }
+bool avx512_bf16_available() { return features().avx512_bf16; }
+
+}  // namespace phx
+#endif

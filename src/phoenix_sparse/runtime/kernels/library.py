@@ -1,0 +1,215 @@
+"""The compiled kernels: finding them, opening them, and choosing the instruction set."""
+
+import ctypes
+import os
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from phoenix_sparse.errors import PhoenixError
+
+FILE = Path(__file__).with_name("libphoenix.so")
+INTERFACE = 2  # phx_interface of csrc/library.cpp
+VARIABLE = "PHOENIX_KERNEL"
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+"""Dtypes as the library numbers them."""
+
+_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_FUNCTIONS = {
+    "phx_interface": ([], _INT),
+    "phx_paths": ([], _INT),
+    "phx_path_name": ([_INT], ctypes.c_char_p),
+    "phx_path_note": ([_INT], ctypes.c_char_p),
+    "phx_path_available": ([_INT], _INT),
+    "phx_path_dense": ([_INT], _INT),
+    "phx_have_threads": ([], _INT),
+    "phx_linear": ([_INT] * 2 + [_POINTER] * 7 + [_LONG] * 4 + [_INT] * 4, _INT),
+    "phx_expand": ([_INT] * 2 + [_POINTER] * 4 + [_LONG] * 5 + [_INT] * 2, _INT),
+    "phx_dense": ([_INT] * 2 + [_POINTER] * 3 + [_LONG] * 3, _INT),
+    "phx_read": ([_INT] * 2 + [_POINTER, _LONG], ctypes.c_uint64),
+    "phx_check": ([_INT] + [_POINTER] * 2 + [_LONG] * 3 + [ctypes.POINTER(_LONG)], _INT),
+}
+_FAULTS = {
+    1: "the kernels found no memory to work in",
+    2: "this instruction set has no such kernel",
+    3: "row_offsets end at another number than there are values",
+}
+
+
+class Library:
+    """The shared library, with one of its instruction sets.
+
+    Tensors given to its methods are on the CPU, contiguous and of the right sizes: callers have checked.
+    """
+
+    def __init__(self, file: Path = FILE, path: str | None = None) -> None:
+        """Open it.
+
+        Args:
+            file: the library.
+            path: the instruction set; the best that this processor has unless given.
+
+        Raises:
+            OSError: it isn't there, or can't be opened.
+            PhoenixError: this processor, or the library, doesn't have that instruction set.
+        """
+        # torch was imported above: its OpenMP runtime is then among the process's global symbols, where the library
+        # looks for threads.
+        self.functions = ctypes.CDLL(str(file))
+        for name, (arguments, result) in _FUNCTIONS.items():
+            function = getattr(self.functions, name, None)
+            if function is None:
+                raise OSError(f"{file} has no {name}")
+            function.argtypes, function.restype = arguments, result
+        if self.functions.phx_interface() != INTERFACE:
+            raise OSError(f"{file} is of another version than this package; install it again")
+        names = [self.functions.phx_path_name(i).decode() for i in range(self.functions.phx_paths())]
+        self.paths = [name for i, name in enumerate(names) if self.functions.phx_path_available(i)]
+        self.path = path or self.paths[-1]  # the best comes last
+        if self.path not in self.paths:
+            raise PhoenixError(_not_here(self.path, self.paths))
+        self.number = names.index(self.path)
+        self.has_threads = bool(self.functions.phx_have_threads())
+        self.has_dense = bool(self.functions.phx_path_dense(self.number))
+
+    def describe(self) -> str:
+        """The instruction set and the threads, in words."""
+        note = self.functions.phx_path_note(self.number).decode()
+        threads = "torch's threads" if self.has_threads else "one thread (torch's OpenMP runtime was not found)"
+        return f"{self.path}: {note}; {threads}"
+
+    def linear(
+        self,
+        x: Tensor,
+        bitmask: Tensor,
+        values: Tensor,
+        row_offsets: Tensor,
+        scales: Tensor | None,
+        bias: Tensor | None,
+        y: Tensor,
+        columns: int,
+    ) -> None:
+        """y (batch, out) = x (batch, in) Wᵀ; see `sparse_linear`."""
+        rows = bitmask.shape[0]
+        fault = self.functions.phx_linear(
+            self.number,
+            torch.get_num_threads(),
+            bitmask.data_ptr(),
+            values.data_ptr(),
+            row_offsets.data_ptr(),
+            None if scales is None else scales.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            x.data_ptr(),
+            y.data_ptr(),
+            rows,
+            columns,
+            values.numel(),
+            x.numel() // columns,
+            CODES[values.dtype],
+            CODES[x.dtype],
+            0 if scales is None else CODES[scales.dtype],
+            0 if bias is None else CODES[bias.dtype],
+        )
+        if fault:
+            raise PhoenixError(f"sparse_linear: {_FAULTS[fault]}")
+
+    def expand(self, bitmask: Tensor, values: Tensor, row_offsets: Tensor, first: int, out: Tensor) -> None:
+        """Write rows from `first` on, as many as `out` (rows, in) has; float32, or bfloat16 for bfloat16 and int8."""
+        fault = self.functions.phx_expand(
+            self.number,
+            torch.get_num_threads(),
+            bitmask.data_ptr(),
+            values.data_ptr(),
+            row_offsets.data_ptr(),
+            out.data_ptr(),
+            bitmask.shape[0],
+            out.shape[1],
+            values.numel(),
+            first,
+            first + out.shape[0],
+            CODES[values.dtype],
+            CODES[out.dtype],
+        )
+        if fault:
+            raise PhoenixError(f"sparse_linear: {_FAULTS[fault]}")
+
+    def dense(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x (batch, in) · weightᵀ (in, out), all bfloat16, batch 1 to 8: a kernel to measure the sparse ones against.
+
+        Raises:
+            PhoenixError: this instruction set doesn't have it.
+        """
+        y = x.new_empty(x.shape[0], weight.shape[0])
+        fault = self.functions.phx_dense(
+            self.number,
+            torch.get_num_threads(),
+            weight.data_ptr(),
+            x.data_ptr(),
+            y.data_ptr(),
+            weight.shape[0],
+            weight.shape[1],
+            x.shape[0],
+        )
+        if fault:
+            raise PhoenixError(f"dense kernel: {_FAULTS[fault]}")
+        return y
+
+    def read(self, memory: Tensor) -> None:
+        """Read a tensor's bytes with all threads, to measure how fast that goes."""
+        self.functions.phx_read(self.number, torch.get_num_threads(), memory.data_ptr(), memory.nbytes)
+
+    def check(self, bitmask: Tensor, row_offsets: Tensor, columns: int, count: int) -> tuple[int, int]:
+        """What is wrong with them, and in which row; (0, 0) if nothing (csrc/library.cpp, phx_check)."""
+        where = _LONG()
+        wrong = self.functions.phx_check(
+            torch.get_num_threads(),
+            bitmask.data_ptr(),
+            row_offsets.data_ptr(),
+            bitmask.shape[0],
+            columns,
+            count,
+            ctypes.byref(where),
+        )
+        return wrong, where.value
+
+
+def _not_here(path: str, available: list[str]) -> str:
+    return f"{VARIABLE}: {path!r} can't be used here; choose one of {', '.join([*available, 'torch'])}"
+
+
+@cache
+def library() -> Library | None:
+    """The library with the instruction set of `PHOENIX_KERNEL`, or the best; None where torch does the work.
+
+    Where the library can't be opened, that is said once.
+
+    Raises:
+        PhoenixError: `PHOENIX_KERNEL` asks for what isn't there.
+    """
+    path = os.environ.get(VARIABLE) or None
+    if path == "torch":
+        return None
+    try:
+        return Library(FILE, path)
+    except OSError as error:
+        if path is not None:
+            raise PhoenixError(f"{VARIABLE}: {path!r} needs the compiled kernels, and {_reason(error)}") from error
+        warnings.warn(
+            f"phoenix_sparse: {_reason(error)}; sparse layers work, but slower than dense ones (they are unpacked for "
+            "each call). Install a C++ compiler, then phoenix-sparse again",
+            stacklevel=2,
+        )
+        return None
+
+
+def _reason(error: OSError) -> str:
+    return f"they can't be opened ({error})" if FILE.exists() else "the CPU kernels were not built when installing"
+
+
+def describe() -> str:
+    """Which kernels sparse layers use on this machine, in one line."""
+    found = library()
+    return "torch: weights are unpacked for each call" if found is None else found.describe()

@@ -1,0 +1,55 @@
+"""Packed models in one line, and text from them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phoenix_sparse.errors import PhoenixError, first_line
+from phoenix_sparse.files import read_json
+from phoenix_sparse.models import LIBRARY_ERRORS, choose_dtype, find_device, load_config, load_model
+from phoenix_sparse.runtime.packing import read_config
+from phoenix_sparse.settings import Device, Dtype
+
+
+def load(directory: Path | str, dtype: Dtype = "auto", device: Device = "auto") -> Any:
+    """Load a packed model for inference; its linears stay packed.
+
+    Raises:
+        PhoenixError: the directory isn't packed, or a file of it is damaged.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    from phoenix_sparse.runtime import quantizer  # noqa: F401 (registers itself)
+
+    directory, place = Path(directory).expanduser(), find_device(device)
+    read_config(directory)
+    config = load_config(directory, packed=True)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=choose_dtype(config, dtype, place),
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (*LIBRARY_ERRORS, SafetensorError) as error:
+        raise PhoenixError(f"{directory}: the packed weights can't be loaded ({first_line(error)})") from error
+    return model.to(place).eval()
+
+
+def generate(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int = 64) -> str:
+    """Continue a prompt greedily; gives the continuation alone."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.get_input_embeddings().weight.device)
+    start = inputs["input_ids"].shape[1]
+    with torch.inference_mode():
+        tokens = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        )
+    return str(tokenizer.decode(tokens[0, start:], skip_special_tokens=True))
+
+
+def open_model(directory: Path, dtype: Dtype = "auto", device: Device = "auto") -> Any:
+    """A model from its directory, packed or not."""
+    packed = "quantization_config" in read_json(directory / "config.json")
+    return load(directory, dtype, device) if packed else load_model(directory, dtype, device)

@@ -1,0 +1,79 @@
+"""phx pack, unpack, generate and bench, as a user chains them."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from phoenix_sparse import cli, demo
+
+
+def phx(*arguments: object):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    out = tmp_path_factory.mktemp("pruned")
+    done = phx("prune", "demo", "--out", out, "--importance", "magnitude", "--sparsity", 0.6, "--dtype", "bfloat16")
+    assert done.exit_code == 0, done.output
+    return out / "sparse"
+
+
+def test_pack_and_unpack(sparse, tmp_path):
+    done = phx("pack", sparse, "--out", tmp_path / "packed")
+    assert done.exit_code == 0, done.output
+    assert "40.0% of their weights kept" in done.output
+    assert phx("unpack", tmp_path / "packed", "--out", tmp_path / "back").exit_code == 0
+    for file in sparse.iterdir():
+        assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize("values", ["auto", "int8"])
+def test_a_packed_model_writes_text(sparse, tmp_path, values):
+    assert phx("pack", sparse, "--out", tmp_path / "packed", "--values", values).exit_code == 0
+    done = phx("generate", tmp_path / "packed", "Ben has 3 red hats.", "--max-new-tokens", 8)
+    assert done.exit_code == 0, done.output
+    if values == "auto":
+        assert done.stdout == phx("generate", sparse, "Ben has 3 red hats.", "--max-new-tokens", 8).stdout
+
+
+def test_bench_writes_its_record(sparse, tmp_path):
+    options = ["--batch", 1, "--prompt", 8, "--tokens", 2, "--repeats", 2]
+    done = phx("bench", sparse, *options, "--layers", "--out", tmp_path / "bench.json")
+    assert done.exit_code == 0, done.output
+    assert "sparse / dense" in done.output
+    record = json.loads((tmp_path / "bench.json").read_text())
+    assert record["weight_bytes"]["sparse"] < record["weight_bytes"]["dense"]
+    assert record["host"]["cores"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("pack", "nowhere/at-all/x", "--out", "OUT"), "is not a directory"),
+        (("pack", "MODEL", "--out", "OUT", "--values", "int4"), "--values: 'int4' is none of auto, bf16, int8"),
+        (("unpack", "MODEL", "--out", "OUT"), "not a packed model"),
+        (("generate", "nowhere/at-all/x", "Hello"), "is not a directory"),
+        (("bench", "DENSE"), "prune it first"),
+        (("bench", "MODEL", "--batch", 0), "give 1 or more"),
+        (("bench", "MODEL", "--prompt", 100000), "more than the model's context"),
+    ],
+)
+def test_bad_input_is_refused(sparse, tmp_path, arguments, what):
+    places = {"MODEL": sparse, "OUT": tmp_path / "out", "DENSE": demo.model_directory()}
+    done = phx(*(places.get(argument, argument) if isinstance(argument, str) else argument for argument in arguments))
+    assert done.exit_code != 0
+    assert what in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_packed_model_is_not_written_over(sparse, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert "exists already" in str(phx("pack", sparse, "--out", tmp_path / "out").exception)
+
+
+def test_steps_want_the_dense_model(sparse, tmp_path):
+    phx("pack", sparse, "--out", tmp_path / "packed")
+    done = phx("prune", tmp_path / "packed", "--out", tmp_path / "out", "--importance", "magnitude")
+    assert "phx unpack" in str(done.exception)
