@@ -50,7 +50,8 @@ def _dense(weight: Tensor, compiled: Library) -> dict[str, tuple[Product, int]]:
 
 def _packed(weight: Tensor, density: float, generator: torch.Generator) -> dict[str, tuple[Product, int]]:
     """Packed products and the bytes of their weights."""
-    kept = pack(weight * (torch.rand(weight.shape, generator=generator) < density))
+    # Not by multiplying: a negative weight times 0 is -0.0, a value that packing keeps.
+    kept = pack(weight.masked_fill(torch.rand(weight.shape, generator=generator) >= density, 0.0))
     found = {}
     for name, packed in (("bf16", kept), ("int8", quantize(kept))):
         parts = (place(packed.bitmask), place(packed.compressed), packed.row_offsets, packed.scales)
