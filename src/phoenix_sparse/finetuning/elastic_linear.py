@@ -7,7 +7,13 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import functional
 
-from phoenix_sparse.finetuning.masked_linear import effective_weight, masked_linear
+from phoenix_sparse.finetuning.masked_linear import (
+    effective_weight,
+    masked_linear,
+    pack_mask,
+    unpack_mask,
+    uses_kernels,
+)
 from phoenix_sparse.finetuning.settings import Method, ScaleRule
 
 ADAPTER = "default"
@@ -20,11 +26,11 @@ class ElasticLinear(lora.Linear):
     stays zero whatever the mask, which is therefore not kept.
     """
 
-    mask: Tensor | None
+    kept: Tensor | None  # the mask, boolean (out, in), or as bits where the fused kernels read it
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, **kwargs)
-        self.register_buffer("mask", None, persistent=False)
+        self.register_buffer("kept", None, persistent=False)
         self.rank = self.r[adapter_name]
         self.method: Method = "lora"
         self.scale_rule: ScaleRule = "fixed"
@@ -40,7 +46,7 @@ class ElasticLinear(lora.Linear):
     @property
     def gate(self) -> Tensor | None:
         """What the update is multiplied with, element by element: the mask, W itself, or nothing."""
-        return self.weight if self.method == "hira" else self.mask
+        return self.weight if self.method == "hira" else self.kept
 
     @property
     def alpha(self) -> float:
@@ -54,8 +60,16 @@ class ElasticLinear(lora.Linear):
             return self.lora_alpha[ADAPTER] / self.rank
         return self.scaling[ADAPTER]
 
+    @property
+    def mask(self) -> Tensor | None:
+        """The mask, boolean (out, in); None for a dense update and for HiRA."""
+        if self.kept is None or self.kept.dtype == torch.bool:
+            return self.kept
+        return unpack_mask(self.kept, self.weight.shape[1])
+
     def set_mask(self, mask: Tensor) -> None:
-        self.mask = mask.to(self.weight.device)
+        mask = mask.to(self.weight.device)
+        self.kept = pack_mask(mask) if uses_kernels(self.weight) else mask
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (rank, in) and B (out, rank), cut to the present rank."""
