@@ -34,8 +34,9 @@ OPTIONS = {
         *("--out", "--task", "--data", "--limit", "--text", "--context-length", "--max-tokens", "--batch-size"),
         *ON_A_MACHINE,
     ],
-    "flops": ["--masks", "--out", "--prompt-length", "--context-length"],
-    "report": [],
+    "flops": ["--masks", "--sparsity", "--out", "--prompt-length", "--context-length"],
+    "report": ["--out"],
+    "sweep": [],
     "shrink": ["--masks", "--out", "--dtype", "--device"],
     "pack": ["--out", "--values"],
     "unpack": ["--out"],
@@ -50,6 +51,7 @@ ARGUMENTS = {
     **{name: ["model", "settings"] for name in ("prune", "tune", "search")},
     **{name: ["model"] for name in ("merge", "validate", "eval", "flops", "shrink")},
     "report": ["directory"],
+    "sweep": [],
     "pack": ["model"],
     "unpack": ["directory"],
     "generate": ["model", "prompt"],
@@ -117,7 +119,7 @@ def chain(tmp_path_factory, model_directory, task_directory) -> Path:
 def test_the_steps_do_their_work_on_files(chain, phx, task_directory):
     assert {path.name for path in chain.iterdir()} == {
         *("masks.safetensors", "allocation.json", "plots", "sparse"),
-        *("adapter", "tune.json", "search.json", "merged", "certificate.json"),
+        *("adapter", "tune.json", "logs", "search.json", "merged", "certificate.json"),
     }
     certificate = read_json(chain / "certificate.json")
     assert certificate["off_mask_nonzeros"] == 0

@@ -12,7 +12,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # rooms of one floor don't import each other.
 FLOORS = [
     ["errors", "settings", "progress"],
-    ["files", "determinism", "mask_formats"],
+    ["files", "determinism", "mask_formats", "processes"],
     ["checkpoint"],
     ["models", "masks", "tasks"],
     ["pruning", "finetuning"],
@@ -25,7 +25,7 @@ FLOORS = [
     ["sweep", "comparing"],
     ["console"],
     ["commands"],
-    ["prune_forms", "cli_runtime"],
+    ["prune_forms", "cli_runtime", "cli_sweep"],
     ["cli"],
 ]
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}

@@ -64,7 +64,7 @@ def small(model: Path, task: Path, *changes: str) -> Recipe:
         "sparsify": {"calibration": {"samples": 6, "length": 16}},
         "finetune": {
             **{"ranks": [4, 2, 1], "epochs": 1, "batch_size": 10, "micro_batch_size": 5, "learning_rate": 0.01},
-            **{"max_length": 32, "checkpoint_every": 2, "log_every": 1},
+            **{"max_length": 32, "checkpoint_every": 2, "log_every": 1, "trackers": []},
         },
         "search": {"hill_climb": 2, "nsga2": 2, "population": 2},
         "evaluate": {"batch_size": 20, "prompt_length": 8, "context_length": 16},
@@ -355,6 +355,35 @@ def test_every_kind_of_super_adapter_goes_all_the_way(tmp_path, model_directory,
     assert "ranks from 6, 3 or 5 or 4, 2." in (out / "report.html").read_text()
     with pytest.raises(PhoenixError, match=r"finetune.ranks: 'w_proj' fits no adapted linear"):
         pipeline.prepare(small(model_directory, task_directory, "finetune.ranks={w_proj: [2], '*': [4]}"))
+
+
+def test_trained_weights_go_all_the_way(tmp_path, model_directory, task_directory):
+    """Stopped by an error in the search, gone on with, and beside a baseline that is an adapter."""
+    changes = (*QUICK[1:], "evaluate.baselines=[dense_lora]", "finetune.method=full", "finetune.weight_decay=0.1")
+    changes += ("finetune.validate_every=2", "finetune.batching=packed", "dtype=bfloat16")
+    recipe = small(model_directory, task_directory, *changes)
+
+    def stop(stage, state):
+        if (stage, state) == ("search", "started"):
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        pipeline.run(recipe, tmp_path / "run", announce=stop)
+    out = pipeline.run(recipe, tmp_path / "run", resume=True)
+    certificate = read_json(out / "certificate.json")
+    assert certificate["mode"] == "sparse_to_sparse"
+    assert certificate["off_mask_nonzeros"] == 0
+    assert certificate["max_abs_logit_difference"] == 0
+    assert certificate["dtype"] == "bfloat16"
+    tune, search = read_json(out / "tune.json"), read_json(out / "search.json")
+    assert tune["trainable_parameters"] == sum(
+        int(mask.sum()) for mask in load_mask(out / "masks.safetensors")[0].values()
+    )
+    assert len(tune["validation"]["curve"]) == 2
+    assert [candidate["ranks"] for candidate in search["candidates"]] == [{}]
+    assert read_json(out / "baselines/dense_lora/tune.json")["method"] == "lora"
+    assert read_json(out / "flops.json")["decode"]["total"]["reduction"] > 1.2
+    assert (out / "report.html").is_file()
 
 
 def test_the_same_recipe_gives_the_same_model_and_another_seed_another(tmp_path, model_directory, task_directory):

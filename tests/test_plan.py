@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from phoenix_sparse import models, plan, steps
+from phoenix_sparse import models, plan
 from phoenix_sparse.models import load_model, prunable_linears
 from phoenix_sparse.pipeline import open_task
 from phoenix_sparse.recipe import Recipe, check, override
+from phoenix_sparse.steps import machine
 from tiny import CONFIGS, make_model
 
 
@@ -27,7 +28,7 @@ def nothing_is_loaded(monkeypatch):
         pytest.fail("the model was loaded")
 
     monkeypatch.setattr(models, "load_model", refuse)
-    monkeypatch.setattr(steps, "load_model", refuse)
+    monkeypatch.setattr(machine, "load_model", refuse)
 
 
 @pytest.fixture
@@ -115,6 +116,41 @@ def test_ranks_by_kind_of_layer_and_a_sandwich_s_passes_are_counted(directory, t
     assert three["training"]["FLOPs of a step"] == 3 * one["training"]["FLOPs of a step"]
     fixed = planned(place, task_directory, "finetune.ranks={'*': [4]}")
     assert fixed["evaluation"]["sub-adapters on the validation split"] == 1
+
+
+def test_trained_weights_take_the_place_of_an_adapter(directory, task_directory):
+    place, one = directory(dtype=torch.bfloat16), "evaluate.baselines=[]"
+    adapter, full = (planned(place, task_directory, one, f"finetune.method={name}") for name in ("lora", "full"))
+    prunable = full["model"]["prunable"]
+    assert full["model"]["adapter"] == prunable
+    # A float32 copy, its gradient and two moments; what they were copied from is not kept.
+    assert full["memory_bytes"]["trained weights, gradient and optimizer"] == 16 * prunable
+    assert full["memory_bytes"]["weights"] == adapter["memory_bytes"]["weights"] - 2 * prunable
+    assert full["evaluation"]["sub-adapters on the validation split"] == 1
+    assert full["training"]["FLOPs of a step"] < adapter["training"]["FLOPs of a step"]
+    assert full["training"]["FLOPs of a step"] > 0.8 * adapter["training"]["FLOPs of a step"]
+    some = planned(place, task_directory, one, "finetune.method=full", "finetune.targets=[q_proj]")
+    assert some["model"]["adapter"] == 2 * 32 * 32
+
+
+def test_packed_examples_take_no_more_than_padded_ones(directory, task_directory):
+    place = directory()
+    ways = ("finetune.max_length=32", "finetune.micro_batch_size=16")
+    padded, packed = (
+        planned(place, task_directory, *ways, f"finetune.batching={way}")["memory_bytes"]["activations"]
+        for way in ("padded", "packed")
+    )
+    assert 0.3 * padded < packed <= padded
+
+
+def test_validation_is_counted(directory, task_directory):
+    place = directory()
+    plain = planned(place, task_directory, "finetune.max_steps=25")
+    often = planned(place, task_directory, "finetune.max_steps=25", "finetune.validate_every=10")
+    assert often["evaluation"]["validations of each training"] == 3
+    assert often["seconds"]["validation, at that rate"] > 0
+    assert often["disk_bytes"]["in all"] > plain["disk_bytes"]["in all"]
+    assert "validation, at that rate" not in plain["seconds"]
 
 
 def test_less_is_kept_in_memory_where_blocks_are_computed_again(directory, task_directory):

@@ -14,7 +14,9 @@ from phoenix_sparse.pruning.settings import CalibrationSettings, SparsifySetting
 from phoenix_sparse.recipe import Recipe, check, dump_recipe, load_recipe, override
 from phoenix_sparse.tasks.settings import TaskSettings
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+RECIPES = sorted(
+    path for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml") if not path.stem.startswith("sweep")
+)
 LEAST = {"name": "a", "model": "models/a", "task": "gsm8k"}
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from phoenix_sparse import cli_runtime
+from phoenix_sparse import cli_runtime, cli_sweep
 from phoenix_sparse.commands import SeveralValues, named_task, refuse_existing, say, set_up, workplace
 from phoenix_sparse.errors import PhoenixError
 
@@ -310,33 +310,34 @@ def flops(
     model: Model,
     *,
     masks: Annotated[Path | None, typer.Option(help="masks.safetensors; dense unless given")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="of all matrices of the blocks, in place of masks")] = None,
     out: Out,
     prompt_length: Annotated[int, typer.Option(help="tokens of the prompt")] = 512,
     context_length: Annotated[int, typer.Option(help="positions that a decoded token attends to")] = 1024,
 ) -> None:
-    """Count FLOPs per token and layer, dense and sparse. Writes flops.json."""
+    """Count FLOPs per token and layer, dense and sparse, and project them onto machines. Writes flops.json.
+
+    MODEL may also be llama-3-8b, llama-7b, mistral-7b-v0.3 or mixtral-8x7b, whose configurations come with Phoenix.
+    """
     from phoenix_sparse import steps
     from phoenix_sparse.console import OUT
+    from phoenix_sparse.evaluation.hardware import shipped_configuration
     from phoenix_sparse.evaluation.settings import EvaluateSettings
     from phoenix_sparse.files import read_json
     from phoenix_sparse.pipeline import model_directory
     from phoenix_sparse.recipe import check
-    from phoenix_sparse.report import flops_table
+    from phoenix_sparse.report import flops_table, projection_table
 
+    if sparsity is not None and (masks is not None or not 0 <= sparsity < 1):
+        raise PhoenixError(f"flops: --sparsity {sparsity}; give a share from 0 to below 1, or --masks, not both")
     lengths = {"prompt_length": prompt_length, "context_length": context_length}
     settings = check(EvaluateSettings, lengths, "flops")
     with set_up("auto", "cpu", 0, out):
-        steps.flops(model_directory(model), steps.read_masks(masks) if masks else None, settings, out)
-    OUT.print(flops_table(read_json(out / "flops.json")))
+        source = shipped_configuration(model) or model_directory(model)
+        steps.flops(source, steps.read_masks(masks) if masks else None, settings, out, sparsity=sparsity)
+    counted = read_json(out / "flops.json")
+    OUT.print(flops_table(counted), projection_table(counted))
     say(f"per layer: {out / 'flops.json'}")
-
-
-@app.command()
-def report(directory: Annotated[Path, typer.Argument(help="a run directory", show_default=False)]) -> None:
-    """Write a run's report.html and model card anew."""
-    from phoenix_sparse.report import build_report
-
-    say(f"report: {build_report(directory)}")
 
 
 @app.command()
@@ -366,6 +367,7 @@ def shrink(
 
 
 app.add_typer(cli_runtime.app)
+app.add_typer(cli_sweep.app)
 
 
 def main() -> None:

@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from phoenix_sparse import processes
+
 OUT = Console(highlight=False, soft_wrap=True)
 ERR = Console(stderr=True, highlight=False, soft_wrap=True)
 LINE_EVERY = 15.0  # seconds between plain lines of one piece of work
@@ -47,6 +49,8 @@ class Show:
 def showing() -> Iterator[Show]:
     """Show progress while the block runs; libraries keep their own words to themselves."""
     _quiet()
+    if not processes.is_main():  # of several processes of one launch, one talks
+        OUT.quiet = ERR.quiet = True
     if not ERR.is_terminal:
         yield Show(None)
         return

@@ -6,16 +6,17 @@ from typing import Any
 
 import torch
 
-from phoenix_sparse import steps
+from phoenix_sparse import processes, steps
 from phoenix_sparse.determinism import be_deterministic
+from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import sha256
 from phoenix_sparse.models import empty_model, find_device, find_model, load_config
 from phoenix_sparse.progress import Announce, Progress
 from phoenix_sparse.pruning.fitting import require_fit
 from phoenix_sparse.recipe import Recipe
-from phoenix_sparse.runs import Run, open_run
+from phoenix_sparse.runs import Run, Share, open_run
 from phoenix_sparse.steps import Machine
-from phoenix_sparse.tasks import Task, TaskSettings, load_task
+from phoenix_sparse.tasks import Task, TaskSettings, load_task, mix
 
 
 def run(
@@ -26,6 +27,7 @@ def run(
     overwrite: bool = False,
     progress: Progress | None = None,
     announce: Announce | None = None,
+    share: Share | None = None,
 ) -> Path:
     """Do what a recipe says.
 
@@ -36,6 +38,7 @@ def run(
         overwrite: remove a run that lies there.
         progress: called with (what, done, all).
         announce: called when a stage begins, ends or is skipped.
+        share: does a stage's work, or finds it done by another run.
 
     Returns:
         The run directory.
@@ -43,13 +46,20 @@ def run(
     Raises:
         PhoenixError: for everything that is wrong with the input.
     """
-    model, task = prepare(recipe)
+    model, task, also = prepare_all(recipe)
     texts = _texts(recipe)
     machine = Machine(recipe.dtype, recipe.device, recipe.seed, progress)
     with open_run(
-        recipe, out or Path("runs") / recipe.name, resume=resume, overwrite=overwrite, announce=announce
+        recipe,
+        out or Path("runs") / recipe.name,
+        resume=resume,
+        overwrite=overwrite,
+        announce=announce,
+        share=share,
     ) as this:
         this.describe(model={"path": recipe.model, "sha256": sha256(model)}, task=task.record(), texts=texts)
+        if also:
+            this.describe(also={other.name: other.record() for other in also})
 
         # 1. Adaptive sparsity initialisation: which weights can the task do without?
         this.stage(
@@ -58,7 +68,7 @@ def run(
         )
 
         # 2. Sparsity-aware fine-tuning through the mask, and the search for the best sub-adapter.
-        this.stage("finetune", lambda: _finetune(this, recipe, task, machine))
+        this.stage("finetune", lambda: _finetune(this, recipe, task, machine), together=True)
         this.stage("search", lambda: _search(this, recipe, task, machine))
 
         # 3. The merge, which keeps every zero, and its certificate.
@@ -66,10 +76,12 @@ def run(
 
         # The evidence.
         this.stage(
-            "evaluate", lambda: steps.evaluate(this.path("merged"), task, recipe.evaluate, this.directory, machine)
+            "evaluate",
+            lambda: steps.evaluate(this.path("merged"), task, recipe.evaluate, this.directory, machine, also),
         )
         for baseline in recipe.evaluate.baselines:
-            this.stage(f"baseline {baseline}", partial(_baseline, this, recipe, task, machine, model, baseline))
+            action = partial(_baseline, this, recipe, task, machine, model, baseline, also)
+            this.stage(f"baseline {baseline}", action, together=baseline == "dense_lora")
         this.stage("flops", lambda: _flops(this, recipe))
         this.stage("report", lambda: _report(this))
     return this.directory
@@ -77,18 +89,40 @@ def run(
 
 def prepare(recipe: Recipe) -> tuple[Path, Task]:
     """Find the model, read the task, and check whatever can be checked before the work begins."""
+    return prepare_all(recipe)[:2]
+
+
+def prepare_all(recipe: Recipe) -> tuple[Path, Task, list[Task]]:
+    """As `prepare`, with the further tasks to evaluate on.
+
+    Raises:
+        PhoenixError: for everything that is wrong with the input.
+    """
     if recipe.deterministic:
         be_deterministic()
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     find_device(recipe.device)
+    processes.start(recipe.device)
     model = model_directory(recipe.model)
+    if any(other.mixture for other in recipe.evaluate.also):
+        raise PhoenixError("evaluate.also: a further task is only evaluated on; give what to train on as task.mixture")
     task = open_task(recipe.task, seed=recipe.seed)
+    also = [open_task(other, seed=recipe.seed) for other in recipe.evaluate.also]
+    names = [task.name, *(other.name for other in also)]
+    if len(set(names)) != len(names):
+        raise PhoenixError(f"evaluate.also: a task stands twice in {', '.join(names)}; give each once")
+    if also or recipe.task.mixture:
+        task = mix(task, recipe.task.mixture, also, seed=recipe.seed, drop_overlap=recipe.task.drop_overlap)
     steps.require_validation(task)
     require_fit(empty_model(load_config(model)), recipe.sparsify)
     steps.require_targets(model, recipe.finetune)
-    steps.require_room(model, task, recipe.evaluate.perplexity)
-    return model, task
+    steps.require_trackers(recipe.finetune)
+    for one in (task, *also):
+        steps.require_room(
+            model, one, recipe.evaluate.perplexity, recipe.evaluate.split if one in also else "validation"
+        )
+    return model, task, also
 
 
 def model_directory(name: str) -> Path:
@@ -164,15 +198,18 @@ def _merge(this: Run, recipe: Recipe, task: Task, machine: Machine) -> list[str]
     )
 
 
-def _baseline(this: Run, recipe: Recipe, task: Task, machine: Machine, model: Path, name: str) -> list[str]:
+def _baseline(
+    this: Run, recipe: Recipe, task: Task, machine: Machine, model: Path, name: str, also: list[Task]
+) -> list[str]:
     out = this.path(f"baselines/{name}")
     written: list[str] = []
     if name == "dense_lora":
         written += _train_dense(this, recipe, task, machine, model, out)
         source = out / "merged"
+        written += this.alone(lambda: steps.evaluate(source, task, recipe.evaluate, out, machine, also))
     else:
         source = {"dense": model, "pruned": this.path("sparse")}[name]
-    written += steps.evaluate(source, task, recipe.evaluate, out, machine)
+        written += steps.evaluate(source, task, recipe.evaluate, out, machine, also)
     return [f"baselines/{name}/{file}" for file in written]
 
 
@@ -184,8 +221,7 @@ def _train_dense(this: Run, recipe: Recipe, task: Task, machine: Machine, model:
     settings = recipe.finetune.model_copy(update=changes)
     work = this.work("baseline dense_lora")
     written = steps.tune(model, None, task, settings, out, machine, adapter="adapter", work=work)
-    steps.merge_dense(model, out / "adapter", out / "merged", machine)
-    return [*written, "merged"]
+    return written + this.alone(lambda: steps.merge_dense(model, out / "adapter", out / "merged", machine))
 
 
 def _flops(this: Run, recipe: Recipe) -> list[str]:

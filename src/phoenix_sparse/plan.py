@@ -30,8 +30,9 @@ SAMPLED_EXAMPLES = 2000
 def estimate(recipe: Recipe, directory: Path, task: Task) -> dict[str, Any]:
     """Estimate a run's needs.
 
-    Memory counts weights, masks, the adapter with its gradient and Adam's two moments, one buffer of the largest
-    linear, and the activations that training keeps. Time counts the FLOPs of training at the rate that a matrix
+    Memory counts weights, masks, the adapter with its gradient and Adam's two moments (with method=full the weights
+    that train, all of them in float32), one buffer of the largest linear, and the activations that training keeps.
+    Validation needs less than a step does. Time counts the FLOPs of training at the rate that a matrix
     product of this model's size reaches here and now. What lies between the products (norms, activations, launches)
     isn't counted, which makes small models slower than that, and neither is evaluation.
 
@@ -44,42 +45,48 @@ def estimate(recipe: Recipe, directory: Path, task: Task) -> dict[str, Any]:
     width = _width(config, recipe, device)
     layers = prunable_linears(model)
     adapted = target_linears(model, recipe.finetune.targets)
-    space = spaces(adapted, recipe.finetune.ranks)
+    full, with_baseline = recipe.finetune.method == "full", "dense_lora" in recipe.evaluate.baselines
+    # Trained weights have no ranks, but the baseline beside them does.
+    space = spaces(adapted, recipe.finetune.ranks) if with_baseline or not full else {}
     ranks = largest(space)
     prunable = sum(layer.weight.numel() for layer in layers.values())
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    adapter = sum(ranks[name] * (layer.in_features + layer.out_features) for name, layer in adapted.items())
+    replaced = sum(layer.weight.numel() for layer in adapted.values()) if full else 0
+    adapter = replaced or sum(ranks[name] * (layer.in_features + layer.out_features) for name, layer in adapted.items())
     tokens, longest = _lengths(task, directory, recipe)
     examples = math.ceil(recipe.finetune.epochs * len(task.train))
     if recipe.finetune.max_steps is not None:
         examples = recipe.finetune.max_steps * recipe.finetune.batch_size
     weights = parameters * width
     memory = {
-        "weights": weights,
+        "weights": weights - width * replaced,
         "masks": prunable,
-        "adapter, gradient and optimizer": 16 * adapter,
+        "trained weights, gradient and optimizer" if full else "adapter, gradient and optimizer": 16 * adapter,
         "weight buffer": 2 * width * max(layer.weight.numel() for layer in layers.values()),
-        "activations": _activations(config, recipe, longest, width),
+        "activations": _activations(config, recipe, _tokens_at_once(recipe, tokens, longest), width),
     }
     memory["in all"] = sum(memory.values())
-    checkpoints = 2 * 12 * adapter
-    models = 2 + ("dense_lora" in recipe.evaluate.baselines)
+    # Two checkpoints, the best weights of each of their validation curves, and of the present one.
+    checkpoints = 2 * 12 * adapter + (3 * 4 * adapter if recipe.finetune.validate_every else 0)
+    models = 2 + with_baseline
     disk = {
         "models": models * weights,
         "masks": prunable // 8,
-        "adapters and checkpoints": 2 * 4 * adapter + checkpoints,
+        "adapters and checkpoints": 2 * (width if full else 4) * adapter + checkpoints,
         "while pruning": width * prunable + (4 * prunable if recipe.sparsify.reads_gradients else 0),
     }
     disk["in all"] = sum(disk.values())
-    step = count_training_flops(
-        model,
-        ranks,
-        sequence_length=tokens,
-        sequences_per_step=recipe.finetune.batch_size,
-    )
+    size = {"sequence_length": tokens, "sequences_per_step": recipe.finetune.batch_size}
+    counted = count_training_flops(model, dict.fromkeys(adapted, 1) if full else ranks, **size)
+    step = recipe.finetune.passes * (counted["total"] - (counted["adapter_products"] if full else 0))
+    # The baseline's ranks are fixed, and its steps one pass each.
+    beside = count_training_flops(model, ranks, **size)["total"] if with_baseline else 0
     steps = math.ceil(examples / recipe.finetune.batch_size)
-    trainings = 1 + ("dense_lora" in recipe.evaluate.baselines)
-    passes = recipe.finetune.passes + trainings - 1  # the baseline's ranks are fixed, and its steps one pass each
+    trainings = 1 + with_baseline
+    every = recipe.finetune.validate_every
+    validations = -(-steps // every) if every else 0
+    # A forward pass is a third of a step; both trainings validate.
+    forward = counted["total"] / 3 / recipe.finetune.batch_size * len(task.validation) * validations * trainings
     rate = _rate(config, recipe, device, width, tokens)
     search = recipe.search
     return {
@@ -93,20 +100,24 @@ def estimate(recipe: Recipe, directory: Path, task: Task) -> dict[str, Any]:
         "training": {
             "trainings": trainings,
             "steps of each": steps,
-            "FLOPs of a step": recipe.finetune.passes * step["total"],
+            "FLOPs of a step": step,
             "FLOP/s measured here": rate,
         },
         "evaluation": {
             "models on the test split": 1 + len(recipe.evaluate.baselines),
             "sub-adapters on the validation split": 1
-            if is_fixed(space)
+            if full or is_fixed(space)
             else 1 + 2 * search.bounds + search.hill_climb + search.nsga2,
-        },
+        }
+        | ({"validations of each training": validations} if every else {}),
         "pruning_bytes": _pruning(config, model, recipe, width),
         "memory_bytes": memory,
-        "search_bytes": {"weights, masks, weights written out": weights + prunable + width * prunable},
+        "search_bytes": {"weights and masks": weights + prunable}
+        if full
+        else {"weights, masks, weights written out": weights + prunable + width * prunable},
         "disk_bytes": disk,
-        "seconds": {"training, at that rate": passes * steps * step["total"] / rate},
+        "seconds": {"training, at that rate": steps * (step + beside) / rate}
+        | ({"validation, at that rate": forward / rate} if every else {}),
     }
 
 
@@ -174,7 +185,15 @@ def _activations(config: Any, recipe: Recipe, tokens: int, width: int) -> int:
         if recipe.finetune.gradient_checkpointing
         else (block * config.num_hidden_layers)
     )
-    return recipe.finetune.micro_batch * tokens * (blocks + (2 * width + 12) * config.vocab_size)
+    return tokens * (blocks + (2 * width + 12) * config.vocab_size)
+
+
+def _tokens_at_once(recipe: Recipe, mean: int, longest: int) -> int:
+    """Tokens of the largest micro-batch, padding included; packed examples fill whole rows of max_length."""
+    examples, width = recipe.finetune.micro_batch, recipe.finetune.max_length
+    if recipe.finetune.batching == "packed":
+        return min(examples * longest, -(-examples * mean // width) * width)
+    return examples * longest
 
 
 def _rate(config: Any, recipe: Recipe, device: torch.device, width: int, tokens: int) -> float:

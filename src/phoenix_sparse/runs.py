@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 import phoenix_sparse
+from phoenix_sparse import processes
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import inside, read_json, sha256, write_json, write_text
 from phoenix_sparse.progress import Announce
@@ -25,16 +26,29 @@ MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
 LOCK = ".lock"
 WORK = ".work"
+# What the main process says to those that follow it.
+BEGIN, DONE = "begin", "done"
+Action = Callable[[], Iterable[str]]
+# Gives a stage's outputs, made by the action or taken from elsewhere, and facts for its record in the manifest.
+Share = Callable[["Run", str, Action], tuple[list[str], dict[str, Any]]]
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "lm-eval", "safetensors", "optuna")
 
 
 class Run:
     """A run directory that this process holds."""
 
-    def __init__(self, directory: Path, manifest: dict[str, Any], announce: Announce | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        manifest: dict[str, Any],
+        announce: Announce | None = None,
+        share: Share | None = None,
+    ) -> None:
         self.directory, self.manifest = directory, manifest
+        self._share: Share = share or (lambda _run, _stage, action: (list(action()), {}))
         self._announce = announce or (lambda _stage, _state: None)
         self._redo = False
+        self._joined = False  # whether the other processes of this launch are at work, too
 
     def path(self, name: str) -> Path:
         return self.directory / name
@@ -43,16 +57,45 @@ class Run:
         """A place for a stage's checkpoints and journals, removed when the stage is done."""
         return self.directory / WORK / stage
 
-    def stage(self, name: str, action: Callable[[], Iterable[str]]) -> bool:
+    def stage(self, name: str, action: Action, *, together: bool = False) -> bool:
         """Do a stage, unless it was done before and its files are as it left them; then all later ones are, too.
 
         Args:
             name: of the stage.
             action: does the work and gives the names of the files and directories it wrote.
+            together: whether all processes of this launch do the work; the others wait for the main one otherwise.
 
         Returns:
             Whether the stage was done now.
         """
+        done = self._stage(name, self._joining(action) if together else action)
+        processes.say(DONE)
+        return done
+
+    def alone(self, action: Action) -> list[str]:
+        """A part of a stage that all processes do: the main one does it while the others wait."""
+        self._joined = False
+        outputs = list(action())
+        processes.say(DONE)
+        self._joined = True
+        return outputs
+
+    def _joining(self, action: Action) -> Action:
+        def joined() -> list[str]:
+            processes.say(BEGIN)
+            self._joined = True
+            outputs = list(action())
+            self._joined = False
+            return outputs
+
+        return joined
+
+    def failed(self, error: BaseException) -> None:
+        """Let the processes that wait end with the same status; those that are at work meet the error themselves."""
+        if not self._joined:
+            processes.say({"exit": error.exit_code if isinstance(error, PhoenixError) else 1})
+
+    def _stage(self, name: str, action: Action) -> bool:
         record = self.manifest["stages"].get(name)
         if not self._redo and record and self._intact(record):
             self._announce(name, "kept")
@@ -66,7 +109,7 @@ class Run:
         self._save()
         started = time.perf_counter()
         try:
-            outputs = list(action())
+            outputs, facts = self._share(self, name, action)
         except BaseException as error:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             self.manifest["stages"][name] = {"status": status, "seconds": time.perf_counter() - started} | begun
@@ -75,7 +118,7 @@ class Run:
             raise
         seconds = time.perf_counter() - started
         hashes = {output: sha256(self.path(output)) for output in outputs}
-        self.manifest["stages"][name] = {"status": "done", "seconds": seconds, "outputs": hashes} | begun
+        self.manifest["stages"][name] = {"status": "done", "seconds": seconds, "outputs": hashes} | facts | begun
         self._save()
         shutil.rmtree(self.work(name), ignore_errors=True)
         self._announce(name, f"{seconds:.1f} s")
@@ -106,15 +149,71 @@ class Run:
         write_json(self.path(MANIFEST), self.manifest)
 
 
+class Follower(Run):
+    """The run in a process that isn't the main one: it does what all do, waits for the rest, and writes nothing."""
+
+    def stage(self, name: str, action: Action, *, together: bool = False) -> bool:  # noqa: ARG002
+        heard = self._hear()
+        if heard == BEGIN:
+            list(action())
+            self._hear()
+        return bool(heard == BEGIN)
+
+    def alone(self, action: Action) -> list[str]:  # noqa: ARG002
+        self._hear()
+        return []
+
+    def describe(self, **inputs: dict[str, Any]) -> None:
+        """Left to the main process."""
+
+    def _hear(self) -> Any:
+        told = processes.say()
+        if isinstance(told, dict):
+            raise SystemExit(told["exit"])
+        return told
+
+
 @contextlib.contextmanager
 def open_run(
-    recipe: Recipe, directory: Path, *, resume: bool, overwrite: bool = False, announce: Announce | None = None
+    recipe: Recipe,
+    directory: Path,
+    *,
+    resume: bool,
+    overwrite: bool = False,
+    announce: Announce | None = None,
+    share: Share | None = None,
 ) -> Iterator[Run]:
     """Make a run directory, or take an existing one up again, and hold it against other processes.
+
+    Of several processes of one launch, the main one holds it; the others follow.
 
     Raises:
         PhoenixError: the directory is in use, holds something else, or holds a run of another recipe.
     """
+    if not processes.is_main():
+        yield Follower(directory, {})
+        return
+    leading: Run | None = None
+    try:
+        with _hold_run(recipe, directory, resume, overwrite, announce, share) as leading:
+            yield leading
+    except BaseException as error:
+        if leading is None:
+            leading = Run(directory, {})
+        if isinstance(error, Exception):
+            leading.failed(error)
+        raise
+
+
+@contextlib.contextmanager
+def _hold_run(
+    recipe: Recipe,
+    directory: Path,
+    resume: bool,
+    overwrite: bool,
+    announce: Announce | None,
+    share: Share | None,
+) -> Iterator[Run]:
     if directory.exists() and not directory.is_dir():
         raise PhoenixError(f"{directory} is not a directory; give another with --out")
     if not (directory / MANIFEST).is_file() and _holds_something(directory):
@@ -129,7 +228,7 @@ def open_run(
                 f"{directory} holds a run already; go on with it by --resume, or give another with --out"
             )
         _remove(list(directory.rglob(".*.tmp")))  # what a kill left half written
-        run = Run(directory, _take_up(directory, recipe), announce)
+        run = Run(directory, _take_up(directory, recipe), announce, share)
         yield run
         shutil.rmtree(directory / WORK, ignore_errors=True)
 

@@ -219,16 +219,25 @@ def test_bad_input(densities: Any, lengths: tuple[int, int], message: str) -> No
         count_flops(CONFIGS["llama"], densities, prompt_length=lengths[0], context_length=lengths[1])
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=32),
-        MixtralConfig(**SIZES, intermediate_size=48, num_local_experts=2),
-    ],
-)
-def test_models_with_other_matrices_are_refused(config: Any) -> None:
+def test_models_with_other_matrices_are_refused() -> None:
     with pytest.raises(PhoenixError, match="can't be counted"):
-        count_flops(config, None, prompt_length=4, context_length=4)
+        count_flops(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=32), None, prompt_length=4, context_length=4)
+
+
+@pytest.mark.parametrize("chosen", [1, 2, 4])
+def test_of_a_mixture_the_chosen_experts_count(chosen: int) -> None:
+    """As many multiplications as a dense model has whose MLP is as wide as the chosen experts together."""
+    mixture = MixtralConfig(
+        **SIZES, num_key_value_heads=2, intermediate_size=48, num_local_experts=4, num_experts_per_tok=chosen
+    )
+    dense = LlamaConfig(**SIZES, num_key_value_heads=2, intermediate_size=48 * chosen)
+    found, wide = (count_flops(one, None, prompt_length=6, context_length=9) for one in (mixture, dense))
+    routers = 2 * 2 * 4 * 32  # operations, blocks, experts, width
+    assert found["decode"]["total"]["dense"] == wide["decode"]["total"]["dense"] + routers
+    assert found["prefill"]["total"]["dense"] == wide["prefill"]["total"]["dense"] + 6 * routers
+    halved = {"model.layers.0.mlp.experts.down_proj": 0.5}
+    less = count_flops(mixture, halved, prompt_length=6, context_length=9)["decode"]["total"]
+    assert less["dense"] - less["sparse"] == chosen * 48 * 32
 
 
 def test_a_rank_for_an_unknown_linear_is_refused() -> None:

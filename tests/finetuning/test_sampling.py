@@ -11,10 +11,11 @@ import torch
 
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.finetuning.adapter import ElasticLinear, add_super_adapter, elastic_layers, set_ranks
+from phoenix_sparse.finetuning.batching import shares
 from phoenix_sparse.finetuning.elastic import draw, largest, sandwich, spaces
 from phoenix_sparse.finetuning.examples import PadRight
 from phoenix_sparse.finetuning.settings import FinetuneSettings
-from phoenix_sparse.finetuning.trainer import _shares, train
+from phoenix_sparse.finetuning.trainer import train
 from phoenix_sparse.models import prunable_linears
 from tiny import pruned
 
@@ -110,7 +111,9 @@ def test_a_step_s_gradient_is_the_mean_over_its_sub_adapters(tmp_path, monkeypat
     got = {}
 
     def stop(self, *_args, **_kwargs):
-        got.update({n: p.grad.clone() for n, p in self.named_parameters() if p.grad is not None})
+        # The Trainer has the model inside PEFT's.
+        prefix = "base_model.model."
+        got.update({prefix + n: p.grad.clone() for n, p in self.named_parameters() if p.grad is not None})
         raise KeyboardInterrupt
 
     chosen = settings(sampling=sampling, micro_batch_size=micro_batch_size)
@@ -211,9 +214,9 @@ def test_two_processes_train_the_adapter_of_one(tmp_path):
 
 
 def test_processes_share_a_batch_evenly():
-    assert _shares(settings(batch_size=32), 1) == (32, 1)
-    assert _shares(settings(batch_size=32), 4) == (8, 1)
-    assert _shares(settings(batch_size=32, micro_batch_size=4), 2) == (4, 4)
+    assert shares(settings(batch_size=32), 1) == (32, 1)
+    assert shares(settings(batch_size=32), 4) == (8, 1)
+    assert shares(settings(batch_size=32, micro_batch_size=4), 2) == (4, 4)
     for changes, processes in (({"batch_size": 6, "micro_batch_size": 2}, 2), ({"batch_size": 4}, 3), ({}, 8)):
         with pytest.raises(PhoenixError, match=f"finetune.batch_size: {processes} processes with"):
-            _shares(settings(**changes), processes)
+            shares(settings(**changes), processes)

@@ -11,8 +11,9 @@ import torch
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.finetuning.adapter import ElasticLinear, add_adapter, elastic_layers
 from phoenix_sparse.finetuning.elastic import draw, spaces
+from phoenix_sparse.finetuning.loop import COMPLETE
 from phoenix_sparse.finetuning.settings import FinetuneSettings
-from phoenix_sparse.finetuning.trainer import COMPLETE, latest_checkpoint, train, training_order
+from phoenix_sparse.finetuning.trainer import latest_checkpoint, train
 from tiny import pruned
 
 ROWS = [{"input_ids": [n % 250, (n * 7) % 250, 3, 4, 5, 6], "labels": [-100, -100, 3, 4, 5, 6]} for n in range(24)]
@@ -123,14 +124,6 @@ def test_half_written_checkpoints_are_not_used(tmp_path):
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     assert not (tmp_path / "checkpoint-15").exists()
     assert latest_checkpoint(tmp_path / "none") is None
-
-
-def test_every_epoch_is_a_permutation():
-    order = training_order(10, settings(epochs=2.5), seed=0)
-    assert len(order) == 25
-    assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10))
-    assert order[:10] != order[10:20]
-    assert len(training_order(10, settings(max_steps=7), seed=0)) == 28
 
 
 def test_a_lost_loss_ends_the_training(tmp_path):

@@ -31,7 +31,8 @@ def test_built_in_definitions(name):
     definition = load_definition(name)
     assert definition.name == name
     assert definition.config["metadata"]["version"]
-    assert definition.config["dataset_path"].count("/") == 1
+    # math_train is a pool to train on, which is on no hub
+    assert name == "math_train" or definition.config["dataset_path"].count("/") == 1
     assert definition.prompt_fields
     assert set(definition.prompt_fields) <= definition.fields
 
@@ -107,7 +108,7 @@ def test_what_a_folder_may_not_say(tmp_path, config, message):
 
 
 def test_unknown_task(tmp_path):
-    with pytest.raises(PhoenixError, match="boolq, gsm8k, mawps, svamp"):
+    with pytest.raises(PhoenixError, match="boolq.*, gsm8k.*, mawps"):
         load_definition("gsm9k")
     with pytest.raises(PhoenixError, match=r"has no task\.yaml"):
         load_definition(str(tmp_path))

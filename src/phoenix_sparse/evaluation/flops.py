@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.evaluation.matrices import Matrix, matrices
 from phoenix_sparse.models import decoder_blocks, empty_model, linears
 
 CONVENTION = (
@@ -28,14 +29,17 @@ def count_flops(
 
     Args:
         model_or_config: a causal language model, or its configuration (then built on the meta device: no memory).
-        densities: share of non-zero weights by the linear's full name; a linear not named is dense. None: all dense.
+        densities: share of non-zero weights by the matrix's full name (`matrices`); one not named is dense. None: all
+            dense.
         prompt_length: tokens of the prompt, read in one forward pass.
         context_length: positions that the written token attends to, itself included (the cache holds one less).
 
     Returns:
         flops.json. Every `{"dense", "sparse", "reduction"}` holds FLOPs and dense / sparse (None where sparse is 0).
         - `convention`: what is counted, in words; `model_type`, `layers`, `prompt_length`, `context_length`.
-        - `linears`: {name: {"shape": [out, in], "nnz", "density", "flops_per_token": {dense, sparse, reduction}}}.
+        - `linears`: {name: {"shape": [out, in], "nnz", "density", "experts", "chosen", "flops_per_token": {dense,
+          sparse, reduction}}}; a mixture's experts are one of shape [experts, out, in], of which a token visits
+          `chosen`.
         - `blocks`: {name: {"prefill": {dense, sparse, reduction}, "decode": {...}}}, attention included.
         - `prefill`: "linears" (all but lm_head), "lm_head", "total" and "per_token", each {dense, sparse, reduction};
           "attention" (full n x n matrices, as eager and SDPA's math compute) and "attention_causal" (only the pairs
@@ -43,22 +47,24 @@ def count_flops(
           lm_head at the last position only, as generation does.
         - `decode`: "linears", "lm_head", "total", each {dense, sparse, reduction}; "attention".
         - `parameters`: {"total", "nnz", "density"}; tied weights once; a parameter outside `densities` counts whole.
-        - `bytes`: {"dense", "nonzero_values", "nonzero_values_and_bitmask", "kv_cache"}: weights in the model's own
-          dtype, dense, without the zeros, and with 1 bit per weight for every linear of density below 1; the cache
-          of keys and values at `context_length`.
+        - `bytes`: {"dense", "nonzero_values", "nonzero_values_and_bitmask", "kv_cache", "per_value"}: weights in the
+          model's own dtype, dense, without the zeros, and with 1 bit per weight for every linear of density below 1;
+          the cache of keys and values at `context_length`; the size of a value.
 
     Raises:
-        PhoenixError: a density names no linear or is outside 0 to 1, a length is below 1, or the model holds matrices
-            that are not `nn.Linear` (mixtures of experts, GPT-2), whose products would be missed.
+        PhoenixError: a density names no matrix or is outside 0 to 1, a length is below 1, or the model holds matrices
+            of another kind (GPT-2), whose products would be missed.
     """
     for name, length in (("prompt_length", prompt_length), ("context_length", context_length)):
         if length < 1:
             raise PhoenixError(f"{name}: {length} given; it must be 1 or more tokens")
     model = _as_model(model_or_config)
-    layers, blocks = linears(model), decoder_blocks(model)
+    layers, blocks = matrices(model), decoder_blocks(model)
     nnz = _nonzeros(layers, densities or {})
     head = _head_name(model, layers)
-    per_token = {name: (2 * layer.weight.numel(), 2 * nnz[name]) for name, layer in layers.items()}
+    per_token = {
+        name: (2 * layer.visited(layer.weight.numel()), 2 * layer.visited(nnz[name])) for name, layer in layers.items()
+    }
     attention = {name: _attention(model.config, index, blocks[name]) for index, name in enumerate(blocks)}
 
     full = {name: width * prompt_length**2 for name, (width, _) in attention.items()}
@@ -85,6 +91,8 @@ def count_flops(
                 "shape": list(layer.weight.shape),
                 "nnz": nnz[name],
                 "density": nnz[name] / layer.weight.numel(),
+                "experts": layer.experts,
+                "chosen": layer.chosen,
                 "flops_per_token": _entry(per_token[name]),
             }
             for name, layer in layers.items()
@@ -95,7 +103,7 @@ def count_flops(
                 "decode": _entry(_sum([inner, (cached[name], cached[name])])),
             }
             for name, block in blocks.items()
-            for inner in [_sum(per_token[child] for child in linears(block, name))]
+            for inner in [_sum(per_token[child] for child in layers if child.startswith(f"{name}."))]
         },
         "prefill": {
             "linears": _entry(prompt_body),
@@ -146,13 +154,13 @@ def count_training_flops(
     if sequence_length < 1 or sequences_per_step < 1:
         raise PhoenixError("sequence_length, sequences_per_step: both must be 1 or more")
     model = _as_model(model_or_config)
-    layers, blocks = linears(model), decoder_blocks(model)
+    layers, blocks = matrices(model), decoder_blocks(model)
     _check_names(ranks, layers, "ranks")
     for name, rank in ranks.items():
         if rank < 1:
             raise PhoenixError(f"ranks: {name} has rank {rank}; it must be 1 or more")
     tokens = sequence_length * sequences_per_step
-    gemm = {name: 2 * layer.weight.numel() for name, layer in layers.items()}
+    gemm = {name: 2 * layer.visited(layer.weight.numel()) for name, layer in layers.items()}
     frozen = 2 * tokens * sum(gemm[name] for name in layers if name not in ranks)
     adapted = 3 * tokens * sum(gemm[name] for name in ranks)
     products = 4 * sum(gemm[name] * rank for name, rank in ranks.items())
@@ -181,33 +189,22 @@ Pair = tuple[int, int]  # dense FLOPs, sparse FLOPs
 
 def _as_model(model_or_config: Any) -> Any:
     if isinstance(model_or_config, nn.Module):
-        model = model_or_config
-    else:
-        from transformers import PretrainedConfig
+        return model_or_config
+    from transformers import PretrainedConfig
 
-        if not isinstance(model_or_config, PretrainedConfig):
-            raise PhoenixError(f"{type(model_or_config).__name__}: give a model or a transformers configuration")
-        model = empty_model(model_or_config)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            continue
-        for own, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim > 1:
-                raise PhoenixError(
-                    f"{name}.{own}: a matrix of {type(module).__name__}, whose FLOPs can't be counted; "
-                    "models whose layers are nn.Linear (Llama, Mistral, Qwen2, OPT) can be"
-                )
-    return model
+    if not isinstance(model_or_config, PretrainedConfig):
+        raise PhoenixError(f"{type(model_or_config).__name__}: give a model or a transformers configuration")
+    return empty_model(model_or_config)
 
 
-def _check_names(named: Mapping[str, Any], layers: Mapping[str, nn.Linear], what: str) -> None:
+def _check_names(named: Mapping[str, Any], layers: Mapping[str, Matrix], what: str) -> None:
     unknown = sorted(set(named) - set(layers))
     if unknown:
         example = next(iter(layers), "none")
         raise PhoenixError(f"{what}: the model has no linear named {unknown[0]!r}; names are like {example!r}")
 
 
-def _nonzeros(layers: Mapping[str, nn.Linear], densities: Mapping[str, float]) -> dict[str, int]:
+def _nonzeros(layers: Mapping[str, Matrix], densities: Mapping[str, float]) -> dict[str, int]:
     _check_names(densities, layers, "densities")
     for name, density in densities.items():
         if not 0 <= density <= 1:
@@ -215,10 +212,10 @@ def _nonzeros(layers: Mapping[str, nn.Linear], densities: Mapping[str, float]) -
     return {name: round(densities.get(name, 1.0) * layer.weight.numel()) for name, layer in layers.items()}
 
 
-def _head_name(model: Any, layers: Mapping[str, nn.Linear]) -> str:
+def _head_name(model: Any, layers: Mapping[str, Matrix]) -> str:
     head = model.get_output_embeddings()
     for name, layer in layers.items():
-        if layer is head:
+        if head is not None and layer.weight is head.weight:
             return name
     raise PhoenixError(f"{type(model).__name__} has no linear lm_head; give a causal language model")
 
@@ -252,7 +249,7 @@ def _head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _size(model: nn.Module, layers: Mapping[str, nn.Linear], nnz: Mapping[str, int], cache: int) -> dict[str, Any]:
+def _size(model: nn.Module, layers: Mapping[str, Matrix], nnz: Mapping[str, int], cache: int) -> dict[str, Any]:
     parameters = {id(parameter): parameter for parameter in model.parameters()}
     zeros = {id(layer.weight): layer.weight.numel() - nnz[name] for name, layer in layers.items()}
     total = sum(parameter.numel() for parameter in parameters.values())
@@ -267,6 +264,7 @@ def _size(model: nn.Module, layers: Mapping[str, nn.Linear], nnz: Mapping[str, i
             "nonzero_values": values,
             "nonzero_values_and_bitmask": values + bitmask,
             "kv_cache": cache,
+            "per_value": next(model.parameters()).element_size(),
         },
     }
 

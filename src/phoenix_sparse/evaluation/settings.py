@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from phoenix_sparse.settings import Settings
+from phoenix_sparse.tasks.settings import TaskSettings
 
 Baseline = Literal["dense", "pruned", "dense_lora"]
 
@@ -33,6 +34,10 @@ class EvaluateSettings(Settings):
     )
     certificate_examples: int = Field(8, ge=1, description="examples whose logits the certificate compares")
     perplexity: PerplexitySettings | None = None
+    also: tuple[TaskSettings, ...] = Field(
+        (),
+        description="further tasks that every model is evaluated on, written as the task is; see eval_all.json",
+    )
     prompt_length: int = Field(512, ge=1, description="tokens of the prompt in the FLOPs count")
     context_length: int = Field(
         1024, ge=1, description="positions that a decoded token attends to in the FLOPs count, itself included"

@@ -10,6 +10,7 @@ from phoenix_sparse.settings import Settings
 Mode = Literal["sparse_to_sparse", "sparse_to_dense"]
 Method = Literal["lora", "hira"]
 ScaleRule = Literal["fixed", "alpha_over_rank"]
+Batching = Literal["padded", "grouped", "packed"]
 
 
 class FinetuneSettings(Settings):
@@ -19,8 +20,10 @@ class FinetuneSettings(Settings):
     dense_merge: Literal["dense", "remask"] = Field(
         "dense", description="sparse_to_dense only: merge and fill the zeros, or mask the merged weights again"
     )
-    method: Method = Field(
-        "lora", description="lora: the update is s·BA through the mask; hira: it is W⊙(s·BA), zero where W is"
+    method: Method | Literal["full"] = Field(
+        "lora",
+        description="lora: the update is s·BA through the mask; hira: it is W⊙(s·BA), zero where W is; full: no "
+        "adapter, the kept weights themselves train (ranks, scale and the search of them don't apply)",
     )
     ranks: tuple[int, ...] | dict[str, tuple[int, ...]] = Field(
         (32, 24, 16),
@@ -53,6 +56,11 @@ class FinetuneSettings(Settings):
     micro_batch_size: int | None = Field(
         None, ge=1, description="examples on the device at once; batch_size unless given"
     )
+    batching: Batching = Field(
+        "padded",
+        description="padded: examples in random order; grouped: batches of like lengths; packed: the batches of "
+        "padded, their examples in rows of max_length tokens one after the other, seeing only themselves",
+    )
     max_length: int = Field(512, ge=8, description="tokens; longer prompts lose their beginning, completions never do")
     max_grad_norm: float = Field(1.0, gt=0)
     gradient_checkpointing: bool = False
@@ -60,6 +68,20 @@ class FinetuneSettings(Settings):
         100, ge=1, description="optimizer steps between checkpoints that --resume goes on from"
     )
     log_every: int = Field(10, ge=1, description="optimizer steps between entries of the training log")
+    validate_every: int | None = Field(
+        None,
+        ge=1,
+        description="optimizer steps between measurements of the loss on the completions of the validation examples; "
+        "the weights that were best by it are kept. None: the last weights are",
+    )
+    patience: int | None = Field(
+        None, ge=1, description="stop after so many validations in a row without a new best; needs validate_every"
+    )
+    trackers: tuple[str, ...] | None = Field(
+        None,
+        description="where the training log goes besides tune.json: tensorboard (files in logs/), wandb, mlflow or "
+        "another that accelerate knows; TensorBoard where it is installed unless given, [] for none",
+    )
 
     @field_validator("ranks", mode="before")
     @classmethod
@@ -83,6 +105,12 @@ class FinetuneSettings(Settings):
             )
         if self.mode == "sparse_to_sparse" and self.dense_merge != "dense":
             raise ValueError("dense_merge: belongs to mode: sparse_to_dense; a sparse_to_sparse merge keeps every zero")
+        if self.method == "full" and self.mode == "sparse_to_dense":
+            raise ValueError("method: full trains the kept weights and no others; it goes with mode: sparse_to_sparse")
+        if self.method == "full" and self.sampling == "sandwich":
+            raise ValueError("sampling: sandwich draws ranks, and method: full has none; use sampling=uniform")
+        if self.patience is not None and self.validate_every is None:
+            raise ValueError("patience: nothing is validated; set validate_every too, or leave patience out")
         if self.batch_size % self.micro_batch:
             raise ValueError(f"micro_batch_size: {self.micro_batch} does not divide batch_size {self.batch_size}")
         return self

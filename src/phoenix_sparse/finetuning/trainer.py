@@ -1,100 +1,139 @@
-"""Train the super-adapter with the Hugging Face Trainer, so that a killed run goes on to the same weights."""
+"""Train an adapter, or the kept weights themselves, so that a killed training goes on to the same weights."""
 
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from peft import PeftModel
-from torch import Tensor
-from torch.utils.data import Sampler, SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerState, TrainingArguments
 
 from phoenix_sparse.determinism import sound_gradients
 from phoenix_sparse.errors import PhoenixError
-from phoenix_sparse.files import write_json
+from phoenix_sparse.files import read_json
 from phoenix_sparse.finetuning.adapter import adapter_parameters, elastic_layers, set_ranks
-from phoenix_sparse.finetuning.elastic import Ranks, draw, largest, sandwich, spaces
-from phoenix_sparse.finetuning.examples import PadRight
+from phoenix_sparse.finetuning.batching import Row, collator, micro_batches, require_separate, training_order
+from phoenix_sparse.finetuning.elastic import draw, largest, middle, sandwich, spaces
+from phoenix_sparse.finetuning.full import trained_linears
+from phoenix_sparse.finetuning.loop import COMPLETE, MarkComplete, StepTrainer, Validate, Watch, lost
+from phoenix_sparse.finetuning.memory import AtOnce
 from phoenix_sparse.finetuning.settings import FinetuneSettings
+from phoenix_sparse.finetuning.stopping import Best
+from phoenix_sparse.finetuning.trackers import choose_trackers, writing_to
+from phoenix_sparse.finetuning.trained import make_whole, read_tensors
 from phoenix_sparse.progress import Progress
-
-Row = dict[str, list[int]]
-COMPLETE = "complete.json"
 
 
 def train(
-    model: PeftModel,
+    model: Any,
     rows: Sequence[Row],
     settings: FinetuneSettings,
     *,
     pad: int,
     seed: int,
     work: Path,
+    validation: Sequence[Row] = (),
+    logs: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Train an adapter in place and give the record of the training.
+    """Train in place and give the record of the training.
 
-    Under `accelerate launch`, every process trains on its share of each batch and ends with the same adapter: a step
+    Under `accelerate launch`, every process trains on its share of each batch and ends with the same weights: a step
     has `batch_size` examples, however many processes there are.
 
     Args:
-        model: with its adapter on, on the device to train on.
+        model: a PEFT model with its adapter on, or a model whose kept weights train (`full.train_weights`), on the
+            device to train on.
         rows: tokenized examples (`examples.tokenize`).
         settings: of the recipe.
         pad: the padding token.
         seed: for the order of the examples and the draws of ranks.
         work: where checkpoints go; a complete one that lies there is gone on from.
+        validation: tokenized examples, for `validate_every`; an elastic adapter has its middle ranks then.
+        logs: where trackers write their files.
         progress: called with (what, step, steps).
 
     Returns:
-        `log` (step, epoch, loss, learning_rate, grad_norm), `steps`, `examples`, `tokens`, `seconds` (of this
-        attempt), `resumed_from`, `peak_memory_bytes` (None on a CPU), `trainable_parameters`, and what was trained:
-        `method`, `sampling`, `scale` and `scale_rule`.
+        `log` (step, epoch, loss, learning_rate, grad_norm), `steps` (done), `steps_planned`, `examples`, `tokens`,
+        `seconds` (of this attempt), `resumed_from`, `peak_memory_bytes` (None on a CPU), `trainable_parameters`,
+        `trackers`, `processes`, `micro_batch_size` (at the end), `out_of_memory` (the steps at which it was halved),
+        `validation` (None, or `curve`, `best_step`, `stopped_early` and `examples`), and what was trained: `method`,
+        `batching`, `sampling`, `scale` and `scale_rule` (None where the weights themselves train).
 
     Raises:
-        PhoenixError: there are no examples, the processes can't share a batch evenly, ranks are given to layers that
-            there are not, or the loss is no longer finite.
+        PhoenixError: there are no examples to train or validate with, the processes can't share a batch evenly, ranks
+            are given to layers that there are not, a tracker isn't installed, the memory is full with one example at a
+            time, or the loss is no longer finite.
     """
     if not rows:
         raise PhoenixError(
             "finetune: no training example fits finetune.max_length; raise it or look at the task's data"
         )
+    if settings.validate_every is not None and not validation:
+        raise PhoenixError("finetune.validate_every: no example to validate with; set task.validation above 0")
     device = next(model.parameters()).device
-    order = training_order(len(rows), settings, seed)
+    processes = PartialState(cpu=device.type == "cpu").num_processes
+    lengths = [len(row["input_ids"]) for row in rows]
+    order = training_order(lengths, settings, seed)
+    batches, parts = micro_batches(rows, order, settings, processes)
     steps = math.ceil(len(order) / settings.batch_size)
-    space = spaces(elastic_layers(model), settings.ranks)
-    arguments = _arguments(settings, steps, seed, work, device)
-    trainer = _ElasticTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=[rows[index] for index in order],
-        data_collator=PadRight(pad),
-        callbacks=[_MarkComplete(), _Watch(progress, steps)],
-    )
-    trainer.adapted, trainer.passes = model, settings.passes
-    if settings.sampling == "sandwich":
-        trainer.draws = lambda step: sandwich(space, seed, step)
-    else:
-        trainer.draws = lambda step: [draw(space, seed, step)]
-    trainer.remove_callback(PrinterCallback)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    adapted = model if isinstance(model, PeftModel) else None
+    space = spaces(elastic_layers(adapted), settings.ranks) if adapted is not None else {}
+    trackers = choose_trackers(settings.trackers)
+    arguments = _arguments(settings, steps, parts, seed, work, device, trackers)
+    collate = collator(settings, pad)
+    if settings.batching == "packed":
+        require_separate(model, pad)
     with arguments.main_process_first(local=False):  # the others find no half checkpoints left to remove
         checkpoint = latest_checkpoint(work)
-    started = time.perf_counter()
-    with sound_gradients(device):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    known = read_json(checkpoint / COMPLETE) if checkpoint else {}
+    at_once = AtOnce(max(len(batch) for batch in batches), known.get("halvings"))
+    best = Best(work, settings.patience, known.get("validation"))
+    with writing_to(logs, trackers):
+        trainer = StepTrainer(
+            # The Trainer has ideas of its own about PEFT models: what it saves of them, and how it shards them.
+            model=adapted.get_base_model() if adapted is not None else model,
+            args=arguments,
+            train_dataset=batches,  # type: ignore[arg-type]
+            data_collator=lambda items: collate(items[0]),
+        )
+        trainer.adapted, trainer.passes = adapted, settings.passes
+        trainer.collate, trainer.at_once = collate, at_once
+        if adapted is None:
+            trainer.draws = lambda _step: [{}]
+        elif settings.sampling == "sandwich":
+            trainer.draws = lambda step: sandwich(space, seed, step)
+        else:
+            trainer.draws = lambda step: [draw(space, seed, step)]
+        trainer.remove_callback(PrinterCallback)
+        if settings.validate_every is not None:
+            trainer.add_callback(Validate(trainer, validation, settings.validate_every, middle(space), best))
+        trainer.add_callback(MarkComplete(at_once, best))
+        trainer.add_callback(Watch(progress, steps))
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        started = time.perf_counter()
+        if checkpoint is not None and best.exhausted:  # it had stopped, and was killed before its end
+            trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        else:
+            with sound_gradients(device):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    done = trainer.state.global_step
+    if best.step is not None:
+        PartialState().wait_for_everyone()  # the main process has written it
+        read_tensors(trainer.trained_model, best.path)
+    make_whole(model)
     _require_finite(model, settings)
-    set_ranks(model, largest(space))
+    if adapted is not None:
+        set_ranks(adapted, largest(space))
     model.eval()
     per_epoch = len(rows) / settings.batch_size
-    return {
+    trained = order[: done * settings.batch_size]
+    record: dict[str, Any] = {
         "log": [
             {
                 "step": entry["step"],
@@ -106,29 +145,37 @@ def train(
             for entry in trainer.state.log_history
             if "loss" in entry
         ],
-        "steps": steps,
-        "examples": len(order),
-        "tokens": sum(len(rows[index]["input_ids"]) for index in order),
+        "steps": done,
+        "steps_planned": steps,
+        "examples": len(trained),
+        "tokens": sum(lengths[index] for index in trained),
         "seconds": time.perf_counter() - started,
         "resumed_from": int(checkpoint.name.rsplit("-", 1)[-1]) if checkpoint else None,
         "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        "trainable_parameters": adapter_parameters(model, largest(space)),
+        "trackers": trackers,
+        "processes": processes,
+        "micro_batch_size": at_once.examples,
+        "out_of_memory": at_once.halvings,
+        "validation": None,
         "method": settings.method,
+        "batching": settings.batching,
+    }
+    if settings.validate_every is not None:
+        record["validation"] = {
+            "curve": best.curve,
+            "best_step": best.step,
+            "stopped_early": best.exhausted and done < steps,
+            "examples": len(validation),
+        }
+    if adapted is None:
+        kept = sum(int(layer.mask.sum()) for layer in trained_linears(model).values())
+        return record | {"trainable_parameters": kept, "sampling": None, "scale": None, "scale_rule": None}
+    return record | {
+        "trainable_parameters": adapter_parameters(adapted, largest(space)),
         "sampling": settings.sampling,
         "scale": settings.scale,
         "scale_rule": settings.scale_rule,
     }
-
-
-def training_order(count: int, settings: FinetuneSettings, seed: int) -> list[int]:
-    """The examples' order over all epochs, each a permutation of its own; a part of an epoch is a part of one."""
-    total = math.ceil(settings.epochs * count)
-    if settings.max_steps is not None:
-        total = settings.max_steps * settings.batch_size
-    generator, order = torch.Generator().manual_seed(seed), list[int]()
-    while len(order) < total:
-        order += torch.randperm(count, generator=generator).tolist()
-    return order[:total]
 
 
 def latest_checkpoint(work: Path) -> Path | None:
@@ -141,12 +188,17 @@ def latest_checkpoint(work: Path) -> Path | None:
 
 
 def _arguments(
-    settings: FinetuneSettings, steps: int, seed: int, work: Path, device: torch.device
+    settings: FinetuneSettings,
+    steps: int,
+    parts: int,
+    seed: int,
+    work: Path,
+    device: torch.device,
+    trackers: list[str],
 ) -> TrainingArguments:
-    micro_batch, parts = _shares(settings, PartialState(cpu=device.type == "cpu").num_processes)
     arguments = TrainingArguments(
         output_dir=str(work),
-        per_device_train_batch_size=micro_batch,
+        per_device_train_batch_size=1,  # an item of the dataset is a whole micro-batch
         gradient_accumulation_steps=parts,
         num_train_epochs=1,  # the dataset is all epochs in their order, see training_order
         learning_rate=settings.learning_rate,
@@ -162,7 +214,7 @@ def _arguments(
         save_steps=settings.checkpoint_every,
         save_total_limit=2,
         seed=seed,
-        report_to="none",
+        report_to=trackers or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
         use_cpu=device.type == "cpu",
@@ -176,79 +228,8 @@ def _arguments(
     return arguments
 
 
-def _shares(settings: FinetuneSettings, processes: int) -> tuple[int, int]:
-    """Examples that a process has on its device at once, and how many such parts make its share of a batch."""
-    share, rest = divmod(settings.batch_size, processes)
-    micro_batch = settings.micro_batch_size or share
-    if rest or not share or share % micro_batch:
-        raise PhoenixError(
-            f"finetune.batch_size: {processes} processes with {micro_batch} examples each at once do not share "
-            f"{settings.batch_size} evenly; give a multiple of {processes * max(micro_batch, 1)}"
-        )
-    return micro_batch, share // micro_batch
-
-
-class _ElasticTrainer(Trainer):
-    """Runs a step's sub-adapters on each of its micro-batches and averages their gradients.
-
-    It reads the dataset in its order, which is already the shuffled one: a resumed run only has to skip.
-    """
-
-    adapted: PeftModel
-    draws: Callable[[int], list[Ranks]]  # the sub-adapters of an optimizer step, `passes` of them
-    passes: int
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return SequentialSampler(train_dataset or self.train_dataset)  # type: ignore[arg-type]
-
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """The backward pass, which may recompute the forward, ends before the ranks change."""
-        losses: list[Tensor] = []
-        for ranks in self.draws(self.state.global_step):
-            set_ranks(self.adapted, ranks)
-            # Processes exchange their gradients once, after the last pass.
-            with nullcontext() if len(losses) == self.passes - 1 else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, inputs, num_items_in_batch))
-        return torch.stack(losses).sum()
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        loss: Any = super().compute_loss(*args, **kwargs)
-        return loss if self.passes == 1 else loss / self.passes
-
-
-class _MarkComplete(TrainerCallback):
-    """The Trainer writes checkpoints file by file; the last file, written by us, says that all are there."""
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        PartialState().wait_for_everyone()
-        if not state.is_world_process_zero:
-            return
-        directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_json(directory / COMPLETE, {"step": state.global_step})
-
-
-class _Watch(TrainerCallback):
-    """Report progress, and end a training whose loss is lost."""
-
-    def __init__(self, progress: Progress | None, steps: int) -> None:
-        self.progress, self.steps = progress, steps
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        if self.progress is not None and state.is_world_process_zero:
-            self.progress("training step", state.global_step, self.steps)
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(kwargs["logs"].get(name, 0.0)):
-                raise _lost(f"the {name} is {kwargs['logs'][name]} at step {state.global_step}", args.learning_rate)
-
-
-def _require_finite(model: PeftModel, settings: FinetuneSettings) -> None:
+def _require_finite(model: Any, settings: FinetuneSettings) -> None:
     """The log looks at a step in `log_every`; the end looks at the weights."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not torch.isfinite(parameter).all():
-            raise _lost(f"{name} is no longer finite after the last step", settings.learning_rate)
-
-
-def _lost(what: str, learning_rate: float) -> PhoenixError:
-    return PhoenixError(f"finetune: {what}; lower finetune.learning_rate ({learning_rate}) or raise finetune.warmup")
+            raise lost(f"{name} is no longer finite after the last step", settings.learning_rate)

@@ -82,6 +82,26 @@ def flops_table(counted: Mapping[str, Any]) -> "Table":
     return table
 
 
+def projection_table(counted: Mapping[str, Any]) -> "Table":
+    """Tokens a second by machine, from the `projected` part of flops.json."""
+    from rich.table import Table
+
+    table = Table(
+        title="Projected tokens a second: a roofline, an upper bound, not measured",
+        title_justify="left",
+        caption=counted["projected"]["note"],
+        caption_justify="left",
+    )
+    table.add_column("")
+    for heading in ("sequences", "prefill, dense", "packed", "decode, dense", "packed"):
+        table.add_column(heading, justify="right")
+    for row in counted["projected"]["rows"]:
+        ways = [row[kind] and row[kind][part] for part in ("prefill", "decode") for kind in ("dense", "packed")]
+        rates = ["does not fit" if way is None else scaled(way["tokens_per_second"]) for way in ways]
+        table.add_row(row["system"], number(row["batch"]), *rates)
+    return table
+
+
 def plan_table(figures: Mapping[str, Mapping[str, float]]) -> "Table":
     """What a recipe would need, from `plan.estimate`: groups of figures, written by the group's unit."""
     from rich.table import Table

@@ -1,6 +1,7 @@
 """Tasks: data to fine-tune on and to evaluate with, both defined by one lm-eval task YAML.
 
-Built in are gsm8k, mawps, svamp and boolq. A task of one's own is a folder:
+Built in are gsm8k, mawps and svamp; boolq, hellaswag, openbookqa, piqa, winogrande, arc_easy and arc_challenge; and
+math_train, a pool to train on. A task of one's own is a folder:
 
     my-task/
       task.yaml           lm-eval's keys: doc_to_text, doc_to_target, output_type, metric_list, ...
@@ -30,6 +31,7 @@ The headline figure is the first metric under the first filter, or the one that 
 
 from phoenix_sparse.tasks.definition import BUILT_IN
 from phoenix_sparse.tasks.loading import Example, Split, Task, load_task
-from phoenix_sparse.tasks.settings import TaskSettings
+from phoenix_sparse.tasks.mixtures import mix
+from phoenix_sparse.tasks.settings import SourceSettings, TaskSettings
 
-__all__ = ["BUILT_IN", "Example", "Split", "Task", "TaskSettings", "load_task"]
+__all__ = ["BUILT_IN", "Example", "SourceSettings", "Split", "Task", "TaskSettings", "load_task", "mix"]

@@ -60,16 +60,17 @@ def load_definition(name: str) -> Definition:
     else:
         raise PhoenixError(f"task: {name!r} is neither built in ({', '.join(BUILT_IN)}) nor a folder with a task.yaml")
     metadata = dict(config.get("metadata") or {})
-    prompt_fields = tuple(sorted(template_fields(config.get("doc_to_text"))))
+    prompt_fields = metadata.get("phoenix_prompt_fields") or sorted(template_fields(config.get("doc_to_text")))
     if not prompt_fields:
         raise PhoenixError(f"{source}: doc_to_text uses no field of the records; write {{{{question}}}}, say")
-    used = [template_fields(config.get(key)) for key in _TARGETS]
+    # What lm-eval's own clean-up makes of a record is in no record yet.
+    used = [template_fields(config.get(key)) for key in _TARGETS] if "process_docs" not in config else []
     return Definition(
         name=str(config["task"]),
         config=config,
         metric=_choose_metric(config, metadata, source),
         fields=frozenset().union(*used, metadata.get("phoenix_fields") or ()),
-        prompt_fields=prompt_fields,
+        prompt_fields=tuple(prompt_fields),
         rename=dict(metadata.get("phoenix_rename") or {}),
         folder=origin,
         source=source,
@@ -114,9 +115,22 @@ def _include(config: dict[str, Any]) -> dict[str, Any]:
     spec = find_spec("lm_eval")
     if spec is None or not spec.submodule_search_locations:
         raise PhoenixError("lm-eval isn't installed; `pip install lm-eval`")
-    below = _read(Path(spec.submodule_search_locations[0]) / "tasks" / included, yaml.SafeLoader)
+    below = _read_lm_eval(Path(spec.submodule_search_locations[0]) / "tasks" / included)
     metadata = {**(below.get("metadata") or {}), **(config.get("metadata") or {})}
     return {**below, **config, "metadata": metadata}
+
+
+def _read_lm_eval(path: Path) -> dict[str, Any]:
+    """One of lm-eval's own tasks, with the tasks that it includes and the functions that it names."""
+    from lm_eval.utils import import_function
+
+    class _LmEvalLoader(yaml.SafeLoader):
+        """Knows `!function module.name` for the modules beside lm-eval's YAML."""
+
+    _LmEvalLoader.add_constructor("!function", lambda loader, node: import_function(loader, node, path))
+    config = _read(path, _LmEvalLoader)
+    included = config.pop("include", None)
+    return config if included is None else {**_read_lm_eval(path.parent / included), **config}
 
 
 def _choose_metric(config: dict[str, Any], metadata: dict[str, Any], path: Path) -> str:

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +49,7 @@ class Task:
     definition: Definition = field(repr=False)
     rows: dict[str, list[Row]] = field(repr=False)
     sources: dict[str, str] = field(repr=False)
+    mixture: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
 
     def harness_task(self, split: Split, limit: int | None = None) -> Any:
         """lm-eval's ConfigurableTask over the first `limit` examples of a split; solved examples come from train.
@@ -63,7 +64,8 @@ class Task:
 
     def record(self) -> dict[str, Any]:
         """What the manifest keeps: sizes, and hashes of the files that the data came from."""
-        return {
+        mixture = {"mixture": self.mixture} if self.mixture else {}
+        return mixture | {
             "name": self.name,
             "train": len(self.train),
             "validation": len(self.validation),
@@ -80,6 +82,10 @@ class _Rows(list[Row]):
     @property
     def features(self) -> dict[str, None]:
         return dict.fromkeys(self[0])
+
+    def map(self, function: Callable[[Row], Row]) -> "_Rows":
+        """What lm-eval's clean-up of records calls."""
+        return _Rows({**row, **function(row)} for row in self)
 
 
 def load_task(settings: TaskSettings, *, seed: int) -> Task:
@@ -120,8 +126,8 @@ def load_task(settings: TaskSettings, *, seed: int) -> Task:
     return Task(
         name=definition.name,
         metric=definition.metric,
-        train=[_example(harness, row) for row in train],
-        validation=[_example(harness, row) for row in validation],
+        train=_examples(harness, train),
+        validation=_examples(harness, validation),
         test_size=len(test[: settings.max_test]),
         dropped_overlap=dropped,
         num_fewshot=settings.num_fewshot,
@@ -129,6 +135,23 @@ def load_task(settings: TaskSettings, *, seed: int) -> Task:
         rows=rows,
         sources=sources,
     )
+
+
+def read_training_rows(definition: Definition, data: Path | None) -> tuple[list[Row], dict[str, str]]:
+    """The training rows of a task, and the hash of where they came from.
+
+    Raises:
+        PhoenixError: as `load_task` raises it.
+    """
+    splits, sources = _read_splits(definition, TaskSettings(name=definition.name, data=data))
+    name = definition.config.get("training_split") or "train"
+    return splits["train"], {key: digest for key, digest in sources.items() if Path(key).stem == name}
+
+
+def render(definition: Definition, rows: list[Row]) -> list[Example]:
+    """Rows as text to train on."""
+    harness = _harness_task(definition, {"train": rows, "test": rows[:1]}, "test")
+    return _examples(harness, rows)
 
 
 def _read_splits(definition: Definition, settings: TaskSettings) -> tuple[dict[str, list[Row]], dict[str, str]]:
@@ -230,14 +253,23 @@ def _harness_task(definition: Definition, rows: dict[str, list[Row]], split: str
         raise PhoenixError(f"{definition.source}: lm-eval can't read the task ({str(error)[:200]})") from error
 
 
+def _examples(harness: Any, rows: list[Row]) -> list[Example]:
+    clean = harness.config.process_docs
+    return [_example(harness, row) for row in (clean(_Rows(rows)) if clean and rows else rows)]
+
+
 def _example(harness: Any, row: Row) -> Example:
     """Render one record with lm-eval's own functions."""
     from jinja2 import TemplateError
 
     name = harness.config.task
     try:
-        prompt = harness.fewshot_context(row, num_fewshot=0)
         target = harness.doc_to_target(row)
+        if harness.multiple_input:
+            # The choices are beginnings of one text (WinoGrande): the right one is the prompt.
+            prompt = harness.doc_to_choice(row)[harness.doc_to_text(row)]
+        else:
+            prompt = harness.fewshot_context(row, num_fewshot=0)
         if harness.config.doc_to_choice is not None:
             choices = harness.doc_to_choice(row)
             target = choices[target] if isinstance(target, int) else target

@@ -8,6 +8,22 @@ from pydantic import Field, field_validator, model_validator
 from phoenix_sparse.settings import Settings
 
 
+class SourceSettings(Settings):
+    """More examples to train on, in the prompts and answers of a task of their own."""
+
+    name: str = Field(min_length=1, description="a built-in task, or a folder that holds task.yaml")
+    data: Path | None = Field(
+        default=None, description="a folder with its training split; the task folder, or the hub, unless given"
+    )
+    max_train: int | None = Field(default=None, ge=1, description="a random sample of this many examples")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        """`mixture: [mawps]` is short for `mixture: [{name: mawps}]`."""
+        return {"name": value} if isinstance(value, str) else value
+
+
 class TaskSettings(Settings):
     """Which task to fine-tune on and to evaluate with, and how much of its data to use."""
 
@@ -34,6 +50,12 @@ class TaskSettings(Settings):
         gt=0,
         lt=1,
         description="share of the training split that becomes the test split of a task that has none",
+    )
+
+    mixture: tuple[SourceSettings, ...] = Field(
+        default=(),
+        description="further sources to train on; their questions that stand in a test split, of this task or of "
+        "evaluate.also, or among the validation examples, are dropped",
     )
 
     @model_validator(mode="before")

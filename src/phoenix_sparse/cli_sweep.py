@@ -1,0 +1,207 @@
+"""The commands of many runs: sweep plan, run, status, resume; and report. `cli` joins them to the others."""
+
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from phoenix_sparse.commands import require_writable, say
+from phoenix_sparse.errors import PhoenixError
+
+app = typer.Typer()
+sweep = typer.Typer(
+    no_args_is_help=True, help="Many runs: a matrix of models, tasks, methods, sparsities, modes, seeds."
+)
+app.add_typer(sweep, name="sweep")
+
+SweepFile = Annotated[Path, typer.Argument(help="the sweep, a YAML file", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="changes, such as engine.workers=2 or engine.kind=inline"),
+]
+Out = Annotated[Path | None, typer.Option(help="the sweep's directory; sweeps/<name> unless given")]
+PARTLY = 3  # the exit code when some runs failed
+
+
+@app.command()
+def report(
+    directory: Annotated[
+        Path, typer.Argument(help="a run directory; with --out, a directory that holds runs", show_default=False)
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="write an analysis over all the runs here: summary.csv, index.html")
+    ] = None,
+) -> None:
+    """Write a run's report.html and model card anew, or, with --out, an analysis over many runs."""
+    from phoenix_sparse.report import build_report
+    from phoenix_sparse.report.overview import PUBLISHED, SUMMARY, build_overview
+
+    if out is None:
+        say(f"report: {build_report(directory)}")
+        return
+    require_writable(out)
+    page = build_overview(directory, out, command=f"phx report {directory.name} --out {out.name}")
+    say(f"report: {page}", f"beside published figures: {out / PUBLISHED}", f"every figure: {out / SUMMARY}")
+
+
+@sweep.command()
+def plan(
+    file: SweepFile,
+    overrides: Overrides = None,
+    *,
+    cells: Annotated[bool, typer.Option("--cells", help="name every run")] = False,
+    inputs: Annotated[
+        bool,
+        typer.Option("--inputs/--no-inputs", help="read models' configurations and tasks' data, and estimate costs"),
+    ] = True,
+) -> None:
+    """Check every cell, and say how many runs there are, what they share and what they cost. Runs nothing."""
+    from phoenix_sparse.console import showing
+    from phoenix_sparse.report.text import seconds, size
+    from phoenix_sparse.sweep.matrix import load_sweep
+    from phoenix_sparse.sweep.planning import check_inputs, estimated_cost, shared_counts
+
+    loaded = load_sweep(file, overrides or ())
+    settings = loaded.settings
+    sizes = [settings.models, settings.tasks, settings.methods, settings.sparsities, settings.modes, settings.seeds]
+    names = ("models", "tasks", "methods", "sparsities", "modes", "seeds")
+    product = " x ".join(f"{len(one)} {name}" for one, name in zip(sizes, names, strict=True))
+    left_out = f", {loaded.excluded} excluded" if loaded.excluded else ""
+    say(f"{settings.name}: {len(loaded.cells)} runs ({product}{left_out})")
+    for stage, (needed, done) in shared_counts(loaded).items():
+        say(f"  {stage}: needed by {needed}, computed {done} times")
+    engine = settings.engine
+    where = "this machine" if engine.provider.kind == "local" else engine.provider.kind
+    gpus = f", GPUs {', '.join(engine.gpus)}" if engine.gpus else ""
+    say(f"engine: {engine.kind} on {where}, {engine.workers} at once on a node{gpus}; {settings.retries} retries")
+    if cells:
+        say(*(cell.name for cell in loaded.cells))
+    if not inputs:
+        say("models and data were not looked at (--no-inputs)")
+        return
+    with showing():
+        check_inputs(loaded)
+        cost = estimated_cost(loaded)
+    say(
+        f"training, estimated: {seconds(cost['training_seconds'])} in all, one run after another (pruning, search and "
+        "evaluation are not in it)",
+        f"disk, estimated: {size(cost['disk_bytes'])} at most (what runs share lies there once)",
+    )
+
+
+@sweep.command()
+def run(file: SweepFile, overrides: Overrides = None, *, out: Out = None) -> None:
+    """Run a sweep. Exits with 3 when runs failed; the others are done."""
+    _run(file, overrides, out, resume=False)
+
+
+@sweep.command()
+def resume(file: SweepFile, overrides: Overrides = None, *, out: Out = None) -> None:
+    """Go on with a sweep that was stopped, and try its failed runs again."""
+    _run(file, overrides, out, resume=True)
+
+
+@sweep.command()
+def status(file: SweepFile, overrides: Overrides = None, *, out: Out = None) -> None:
+    """Say where every run stands, from the runs' directories alone. SWEEP.yaml may be the sweep's directory."""
+    from phoenix_sparse.sweep.places import Places
+    from phoenix_sparse.sweep.running import known_cells
+    from phoenix_sparse.sweep.status import standings
+
+    places = Places(file) if file.is_dir() else Places(_directory(file, overrides, out))
+    found = standings(places, known_cells(places))
+    for one in found:
+        if one.state in ("running", "stopped"):
+            say(f"{one.state}: {one.name} ({one.stage or 'starting'}, attempt {one.attempts})")
+    _tell_failures(found)
+    say(_counted(found))
+
+
+@sweep.command(hidden=True)
+def one(
+    out: Annotated[Path, typer.Argument(help="a sweep's directory")],
+    name: Annotated[str, typer.Argument(help="a cell's name")],
+    share: Annotated[bool, typer.Option("--share/--no-share", help="share work with the sweep's other runs")] = True,
+) -> None:
+    """Run one cell of a sweep that is laid out, or go on with it: what the engine starts for each."""
+    from phoenix_sparse import pipeline
+    from phoenix_sparse.console import showing
+    from phoenix_sparse.runs import MANIFEST
+    from phoenix_sparse.sweep.places import Places
+    from phoenix_sparse.sweep.running import cell_recipe, end_with
+    from phoenix_sparse.sweep.shared_work import sharing
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    if parent := os.environ.get("PHOENIX_SWEEP_PARENT"):
+        end_with(int(parent))
+    places = Places(out)
+    recipe = cell_recipe(places, name)
+    directory = places.run(name)
+    try:
+        with showing() as show:
+            pipeline.run(
+                recipe,
+                directory,
+                resume=(directory / MANIFEST).is_file(),
+                progress=show.progress,
+                announce=show.announce,
+                share=sharing(recipe, places.shared) if share else None,
+            )
+    except KeyboardInterrupt:
+        typer.echo("interrupted; `phx sweep resume` goes on from the last checkpoint", err=True)
+        raise typer.Exit(130) from None
+
+
+def _interrupt(*_: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what follows writes the manifest
+    raise KeyboardInterrupt
+
+
+def _directory(file: Path, overrides: list[str] | None, out: Path | None) -> Path:
+    from phoenix_sparse.sweep.matrix import load_sweep
+
+    return out or Path("sweeps") / load_sweep(file, overrides or ()).settings.name
+
+
+def _run(file: Path, overrides: list[str] | None, out: Path | None, *, resume: bool) -> None:
+    from phoenix_sparse.console import ERR, showing
+    from phoenix_sparse.sweep.matrix import load_sweep
+    from phoenix_sparse.sweep.planning import check_inputs
+    from phoenix_sparse.sweep.running import run_sweep
+
+    loaded = load_sweep(file, overrides or ())
+    with showing():
+        check_inputs(loaded)
+    directory = out or Path("sweeps") / loaded.settings.name
+
+    def tell(one: Any, count: int, total: int) -> None:
+        took = f" in {one.seconds:.1f} s" if one.seconds is not None else ""
+        again = f", attempt {one.attempts}" if one.attempts > 1 else ""
+        ERR.print(f"{count}/{total} {one.state}: {one.name}{took}{again}", markup=False)
+
+    found = run_sweep(loaded, directory, resume=resume, tell=tell)
+    _tell_failures(found)
+    say(_counted(found), f"registry: {directory / 'registry.csv'}")
+    states = {one.state for one in found}
+    if states - {"done", "failed"}:
+        typer.echo("phx: stopped; go on with `phx sweep resume`", err=True)
+        raise typer.Exit(130)
+    if "failed" in states:
+        raise typer.Exit(PARTLY)
+
+
+def _tell_failures(found: Sequence[Any]) -> None:
+    for one in found:
+        if one.state == "failed":
+            say(f"failed: {one.name} ({one.attempts} attempts): {one.reason}")
+
+
+def _counted(found: Sequence[Any]) -> str:
+    from phoenix_sparse.sweep.status import counts
+
+    if not found:
+        raise PhoenixError("sweep: no cell lies here")
+    return f"{len(found)} runs: " + ", ".join(f"{count} {state}" for state, count in counts(found).items() if count)

@@ -1,0 +1,129 @@
+"""Runs put together: means over seeds with their confidence, pairs of runs, fronts. Arithmetic on rows, no drawing."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = Mapping[str, Any]
+# Two-sided 95% quantiles of Student's t, by degrees of freedom; beyond 30 the normal one is within 2%.
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+T95_MORE = {20: 2.131, 30: 2.086}  # the larger of what lies between, so that no interval is too short
+
+
+@dataclass(frozen=True)
+class Point:
+    """A mean over seeds at one sparsity."""
+
+    x: float
+    mean: float
+    low: float | None  # 95% confidence interval of the mean over seeds; None for one seed
+    high: float | None
+    seeds: int
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean, and half the width of its 95% confidence interval by Student's t; None for a single value.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    if not values:
+        raise ValueError("no values")
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return mean, None
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, student(len(values) - 1) * math.sqrt(variance / len(values))
+
+
+def student(freedom: int) -> float:
+    """The 97.5% quantile of Student's t; never smaller than the true one."""
+    if freedom <= len(T95):
+        return T95[freedom - 1]
+    for limit, value in T95_MORE.items():
+        if freedom <= limit:
+            return value
+    return 2.042
+
+
+def series(rows: Iterable[Row], value: str | Callable[[Row], float | None], x: str = "target_sparsity") -> list[Point]:
+    """Points by rising x, each over the rows that have a value there."""
+    measure = (lambda row: row.get(value)) if isinstance(value, str) else value
+    found: dict[float, list[float]] = {}
+    for row in rows:
+        measured = measure(row)
+        if measured is not None and row.get(x) is not None:
+            found.setdefault(float(row[x]), []).append(float(measured))
+    points = []
+    for place in sorted(found):
+        mean, half = mean_and_interval(found[place])
+        low, high = (None, None) if half is None else (mean - half, mean + half)
+        points.append(Point(place, mean, low, high, len(found[place])))
+    return points
+
+
+def grouped(rows: Iterable[Row], *fields: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows by the values of fields, in the order in which those first come."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row.get(field) for field in fields), []).append(row)
+    return found
+
+
+def kind_of_merge(row: Row) -> str:
+    """What became of the zeros: kept by training through the mask, put back, or filled."""
+    if row.get("mode") != "sparse_to_dense":
+        return "sparse-to-sparse"
+    return "sparse-to-dense, masked again" if row.get("dense_merge") == "remask" else "sparse-to-dense, merged dense"
+
+
+def by_merge(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by their kind of merge, the one through the mask first."""
+    found: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: str(row.get("mode")), reverse=True):
+        found.setdefault(kind_of_merge(row), []).append(row)
+    return found
+
+
+def measured_alike(rows: Sequence[Row]) -> bool:
+    """Whether accuracies were measured in one way, so that they may stand in one plot."""
+    ways = {
+        tuple(row.get(field) for field in ("metric", "split", "examples", "num_fewshot"))
+        for row in rows
+        if row.get("accuracy") is not None
+    }
+    return len(ways) <= 1
+
+
+def merge_costs(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Each sparse-to-dense run beside the sparse-to-sparse one that differs from it in nothing else.
+
+    `difference` is the accuracy of sparse-to-dense minus that of sparse-to-sparse; the rest is what the merge did by
+    the certificate of the sparse-to-dense run.
+    """
+    found = []
+    for key, pair in grouped(rows, "model", "task", "method", "target_sparsity", "seed").items():
+        sparse = [row for row in pair if row.get("mode") == "sparse_to_sparse" and row.get("accuracy") is not None]
+        for dense in (row for row in pair if row.get("mode") == "sparse_to_dense"):
+            other = sparse[0] if len(sparse) == 1 else None
+            both = other is not None and dense.get("accuracy") is not None and measured_alike([other, dense])
+            found.append(
+                dict(zip(("model", "task", "method", "target_sparsity", "seed"), key, strict=True))
+                | {
+                    "merge": kind_of_merge(dense),
+                    "difference": dense["accuracy"] - other["accuracy"] if both and other else None,
+                }
+                | {name: dense.get(name) for name in ("off_mask_nonzeros", "merged_sparsity", "argmax_agreement")}
+                | {"max_abs_logit_difference": dense.get("max_abs_logit_difference")}
+            )
+    return found
+
+
+def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points that no other beats in both values (larger is better in both), by rising first value."""
+    kept: list[tuple[float, float]] = []
+    for x, y in sorted(set(points), reverse=True):
+        if not kept or y > kept[-1][1]:
+            kept.append((x, y))
+    return kept[::-1]

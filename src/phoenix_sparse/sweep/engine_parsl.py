@@ -1,0 +1,154 @@
+"""The engine of clusters: Parsl brings cells to workers, on this machine, or in jobs of PBS Pro or Slurm."""
+
+import concurrent.futures
+import contextlib
+import shlex
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.sweep.engine_inline import Ended
+from phoenix_sparse.sweep.launching import GRACE, Job, Stop, end, run_cell
+from phoenix_sparse.sweep.places import Places, note, running
+from phoenix_sparse.sweep.settings import EngineSettings, PbsSettings, SlurmSettings
+
+LABEL = "phoenix"
+
+
+def parsl_config(settings: EngineSettings, directory: Path, retries: int) -> Any:
+    """Parsl's configuration for a sweep.
+
+    One worker is one run at a time. Workers take turns on the GPUs named; the runs' own processes hold the memory and
+    the threads, so workers are not bound to cores.
+
+    Args:
+        settings: of the sweep.
+        directory: for Parsl's own logs.
+        retries: how often a cell is given to another worker when its worker is lost.
+
+    Raises:
+        PhoenixError: Parsl isn't installed.
+    """
+    try:
+        from parsl.config import Config
+        from parsl.executors import HighThroughputExecutor
+    except ImportError as error:
+        raise PhoenixError(
+            "engine: Parsl is not installed; `pip install 'phoenix-sparse[sweep]'`, or set engine.kind=inline"
+        ) from error
+    local, scripts = settings.provider.kind == "local", Path(sysconfig.get_path("scripts"))
+    executor = HighThroughputExecutor(
+        label=LABEL,
+        provider=make_provider(settings),
+        interchange_launch_cmd=[sys.executable, str(scripts / "interchange.py")],
+        max_workers_per_node=settings.workers,
+        cores_per_worker=1e-6,  # the number of workers is the one above, however few cores there are
+        available_accelerators=[settings.gpus[i % len(settings.gpus)] for i in range(settings.workers)]
+        if settings.gpus
+        else (),
+        address="127.0.0.1" if local else None,
+        encrypted=not local,
+        heartbeat_period=5,
+        heartbeat_threshold=30,
+        worker_logdir_root=str(directory / "workers"),
+    )
+    return Config(
+        executors=[executor],
+        run_dir=str(directory),
+        retries=retries,
+        strategy="none" if local else "simple",
+        usage_tracking=0,
+        initialize_logging=False,
+    )
+
+
+def make_provider(settings: EngineSettings) -> Any:
+    """The part of the configuration that knows how this machine or this cluster starts jobs."""
+    from parsl.launchers import MpiExecLauncher, SimpleLauncher, SingleNodeLauncher, SrunLauncher
+    from parsl.providers import LocalProvider, PBSProProvider, SlurmProvider
+
+    place = settings.provider
+    # Workers find Parsl's scripts where this interpreter's lie, whether or not its environment is activated.
+    path = f"export PATH={shlex.quote(sysconfig.get_path('scripts'))}:$PATH"
+    if not isinstance(place, SlurmSettings | PbsSettings):
+        launcher = SingleNodeLauncher(debug=False)
+        return LocalProvider(init_blocks=1, min_blocks=1, max_blocks=1, launcher=launcher, worker_init=path)
+    common: dict[str, Any] = {
+        "account": place.account,
+        "walltime": place.walltime,
+        "nodes_per_block": place.nodes,
+        "init_blocks": 1,
+        "min_blocks": 0,
+        "max_blocks": place.jobs,
+        "scheduler_options": place.scheduler_options,
+        "worker_init": "\n".join(filter(None, [path, place.worker_init])),
+    }
+    if isinstance(place, SlurmSettings):
+        return SlurmProvider(
+            partition=place.partition,
+            qos=place.qos,
+            constraint=place.constraint,
+            cores_per_node=place.cpus,
+            mem_per_node=place.memory,
+            gpus_per_node=place.gpus,
+            exclusive=place.exclusive,
+            launcher=SrunLauncher(),
+            **common,
+        )
+    return PBSProProvider(
+        queue=place.queue,
+        select_options=place.select_options,
+        cpus_per_node=place.cpus or 1,
+        launcher=SimpleLauncher() if place.nodes == 1 else MpiExecLauncher(),
+        **common,
+    )
+
+
+def run_parsl(jobs: Sequence[Job], settings: EngineSettings, places: Places, stop: Stop, ended: Ended) -> None:
+    """Run jobs to their ends, on workers that Parsl starts.
+
+    Raises:
+        PhoenixError: Parsl isn't installed, or can't start workers.
+    """
+    retries = jobs[0].retries if jobs else 0
+    config = parsl_config(settings, places.out / "parsl", retries)
+    from parsl import DataFlowKernel, python_app
+
+    places.stop.unlink(missing_ok=True)
+    kernel = DataFlowKernel(config)
+    try:
+        app = python_app(run_cell, data_flow_kernel=kernel, executors=[LABEL])
+        futures = {app(job): job for job in jobs}
+        waiting = set(futures)
+        while waiting and not stop:
+            done, waiting = concurrent.futures.wait(
+                waiting, timeout=0.5, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            for future in done:
+                ended(futures[future].name, _code(future, places, futures[future]))
+        if stop:  # workers see the file, and end their runs in order before they are ended themselves
+            places.stop.touch()
+            concurrent.futures.wait(waiting, timeout=GRACE + 10)
+    finally:
+        with contextlib.suppress(Exception) if stop else contextlib.nullcontext():
+            kernel.cleanup()
+        # A worker's end is noticed by its run within a second; whatever is left here is told by us.
+        _end_runs(places, jobs)
+        places.stop.unlink(missing_ok=True)
+
+
+def _code(future: Any, places: Places, job: Job) -> int:
+    """A cell's exit code; one whose worker was lost more often than it is retried has none, and a note instead."""
+    error = future.exception()
+    if error is None:
+        return int(future.result())
+    note(places.cell(job.name), "lost", error=f"{type(error).__name__}: {error}"[:400])
+    return -1
+
+
+def _end_runs(places: Places, jobs: Sequence[Job]) -> None:
+    for pid in running(places, [job.name for job in jobs]).values():
+        end(pid)

@@ -1,0 +1,177 @@
+"""Run a sweep: lay its cells out, give those that aren't done to an engine, keep the registry."""
+
+import contextlib
+import fcntl
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.files import read_text, write_json, write_text
+from phoenix_sparse.recipe import Recipe, dump_recipe, load_recipe
+from phoenix_sparse.sweep.engine_inline import run_inline
+from phoenix_sparse.sweep.engine_parsl import run_parsl
+from phoenix_sparse.sweep.launching import Job, Stop
+from phoenix_sparse.sweep.matrix import Sweep
+from phoenix_sparse.sweep.places import Places
+from phoenix_sparse.sweep.registry import write_registry
+from phoenix_sparse.sweep.status import Standing, standing, standings
+
+FILE = "sweep.yaml"
+# Fields that may differ when a sweep is gone on with: they change how it is run, not what.
+FREE = ("engine", "retries", "share")
+Tell = Callable[[Standing, int, int], None]  # (the cell that ended, how many have, of how many)
+
+
+def run_sweep(sweep: Sweep, out: Path, *, resume: bool, tell: Tell | None = None) -> list[Standing]:
+    """Run all cells that aren't done.
+
+    Runs that fail don't stop the others. SIGTERM and Ctrl-C end the runs at a checkpoint that `resume` goes on from.
+
+    Args:
+        sweep: from `load_sweep`.
+        out: the sweep's directory.
+        resume: go on with a sweep that lies there; failed cells are tried again.
+        tell: called when a cell has ended.
+
+    Returns:
+        Where every cell stands.
+
+    Raises:
+        PhoenixError: the directory holds another sweep, is in use, or the engine can't start.
+    """
+    places = Places(out)
+    with _held(out):
+        lay_out(sweep, places, resume=resume)
+        names = [cell.name for cell in sweep.cells]
+        todo = [one.name for one in standings(places, names) if one.state != "done"]
+        engine, directory = sweep.settings.engine, str(Path.cwd())
+        jobs = [
+            Job(name, str(out.resolve()), directory, sweep.settings.retries, sweep.settings.share, engine.threads)
+            for name in todo
+        ]
+        count = 0
+
+        def ended(name: str, _code: int) -> None:
+            nonlocal count
+            count += 1
+            if tell is not None:
+                tell(standing(places, name), count, len(jobs))
+
+        stop = Stop()
+        try:
+            with _signals(stop):
+                if jobs and engine.kind == "inline":
+                    run_inline(jobs, engine.workers, engine.gpus, stop, ended)
+                elif jobs:
+                    run_parsl(jobs, engine, places, stop, ended)
+        finally:
+            found = standings(places, names)
+            write_registry(places, sweep.cells, found)
+    return found
+
+
+def lay_out(sweep: Sweep, places: Places, *, resume: bool) -> None:
+    """Write the cells' recipes, or check that those that lie there are the same.
+
+    Raises:
+        PhoenixError: a sweep lies there and `resume` isn't set, or it is another one.
+    """
+    file = places.out / FILE
+    mine = _plain(sweep)
+    if file.is_file():
+        if not resume:
+            raise PhoenixError(
+                f"{places.out} holds a sweep already; go on with it by `phx sweep resume`, or give --out"
+            )
+        before = yaml.safe_load(read_text(file, "sweep"))
+        for field in mine:
+            if field not in FREE and (not isinstance(before, dict) or before.get(field) != mine[field]):
+                raise PhoenixError(
+                    f"{places.out} is a sweep with another {field}; give another directory with --out, or the file "
+                    "that it was begun with"
+                )
+    elif resume:
+        raise PhoenixError(f"{places.out}: no {FILE}; begin it with `phx sweep run`, or give its directory with --out")
+    for cell in sweep.cells:
+        directory = places.cell(cell.name)
+        # Threads are the engine's matter, which may differ; the recipe that a run was begun with is the one to keep.
+        if not (directory / "cell.json").is_file():
+            write_text(directory / "recipe.yaml", dump_recipe(cell.recipe))
+            write_json(directory / "cell.json", dict(cell.axes))
+    write_text(file, yaml.safe_dump(mine, sort_keys=False, allow_unicode=True))
+
+
+def _plain(sweep: Sweep) -> dict[str, Any]:
+    """The sweep's settings as YAML has them."""
+    plain: dict[str, Any] = yaml.safe_load(yaml.safe_dump(sweep.settings.model_dump(mode="json"), sort_keys=False))
+    return plain
+
+
+def cell_recipe(places: Places, name: str) -> Recipe:
+    """The recipe of a cell that is laid out.
+
+    Raises:
+        PhoenixError: there is no such cell.
+    """
+    path = places.cell(name) / "recipe.yaml"
+    if not path.is_file():
+        raise PhoenixError(f"{places.out}: no cell {name!r}; `phx sweep plan --cells` names them")
+    return load_recipe(path)
+
+
+def known_cells(places: Places) -> list[str]:
+    """The names of a sweep's cells, from its directory alone.
+
+    Raises:
+        PhoenixError: it holds no sweep.
+    """
+    cells = places.out / "cells"
+    if not cells.is_dir():
+        raise PhoenixError(f"{places.out}: no sweep lies here; begin it with `phx sweep run`")
+    return sorted(child.name for child in cells.iterdir() if (child / "cell.json").is_file())
+
+
+@contextlib.contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """One sweep process a directory."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("w")
+    except OSError as error:
+        raise PhoenixError(f"{out}: {error.strerror}; give another directory with --out") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PhoenixError(f"{out} is in use by another `phx sweep`; wait for it or give another --out") from error
+        yield
+
+
+@contextlib.contextmanager
+def _signals(stop: Stop) -> Iterator[None]:
+    """Let SIGTERM, SIGINT and what batch systems send before the walltime end the sweep in order."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end_with(parent: int) -> None:
+    """End this process by SIGTERM when the process that started it is gone."""
+    import threading
+    import time
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()

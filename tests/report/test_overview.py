@@ -1,0 +1,170 @@
+"""The analysis over runs: means, intervals, fronts and pairs by hand; pages that show what the files say."""
+
+import csv
+import math
+import random
+import re
+import statistics
+import xml.etree.ElementTree as ET
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from many_runs import accuracy, write_runs
+from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.report.overview import PAGE, PUBLISHED, SUMMARY, build_overview
+from phoenix_sparse.report.published import FIGURES, beside
+from phoenix_sparse.report.run_rows import find_runs, method_name, run_row
+from phoenix_sparse.report.series import front, kind_of_merge, mean_and_interval, merge_costs, series, student
+
+
+@given(st.lists(st.floats(-5, 5), min_size=2, max_size=40))
+def test_intervals_are_student_s(values):
+    mean, half = mean_and_interval(values)
+    assert mean == pytest.approx(statistics.fmean(values), abs=1e-9)
+    exact = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    assert exact * 0.999 - 1e-9 <= half <= exact * 1.03 + 1e-9
+
+
+def test_quantiles_are_never_too_small():
+    assert all(student(n) >= stats.t.ppf(0.975, n) - 5e-4 for n in range(1, 200))
+
+
+def test_one_value_has_no_interval():
+    assert mean_and_interval([0.3]) == (0.3, None)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=30))
+def test_the_front_is_what_nothing_beats(points):
+    kept = front(points)
+    beaten = {p for p in points if any(o != p and o[0] >= p[0] and o[1] >= p[1] for o in points)}
+    assert set(kept) == set(points) - beaten
+    assert kept == sorted(kept)
+
+
+def test_a_series_leaves_out_what_was_not_measured():
+    rows = [{"target_sparsity": 0.5, "accuracy": one} for one in (0.1, None, 0.3)]
+    rows += [{"target_sparsity": 0.2, "accuracy": 0.4}, {"target_sparsity": 0.9, "accuracy": None}]
+    found = series(rows, "accuracy")
+    assert [(point.x, point.seeds) for point in found] == [(0.2, 1), (0.5, 2)]
+    assert found[0].low is None
+    assert found[1].mean == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("sparsify", "name"),
+    [
+        ({"importance": "wanda"}, "wanda"),
+        ({"importance": "wanda", "update": "none", "allocation": "owl", "pattern": "2:4"}, "wanda+owl+2:4"),
+        ({"importance": "wanda", "update": "sparsegpt", "allocation": "uniform"}, "sparsegpt"),
+        ({"importance": "ria", "update": "dsnot"}, "ria+dsnot"),
+        ({"importance": "magnitude", "allocation": [0.1, 0.2], "group": "layer"}, "magnitude+explicit"),
+        ({}, "unknown"),
+    ],
+)
+def test_methods_are_named_in_the_words_of_compare(sparsify, name):
+    assert method_name(sparsify) == name
+
+
+def test_merge_costs_pair_runs_that_differ_in_the_mode_alone(tmp_path, files):
+    rows = [run_row(one) for one in write_runs(tmp_path, files)]
+    random.Random(0).shuffle(rows)
+    costs = merge_costs(rows)
+    assert len(costs) == 2 * 3 * 2
+    for one in costs:
+        expected = [
+            accuracy(one["method"], mode, one["target_sparsity"], one["seed"]) for mode in ("sparse_to_dense", "")
+        ]
+        assert one["difference"] == pytest.approx(expected[0] - expected[1])
+        assert one["off_mask_nonzeros"] == round(1e5 * one["target_sparsity"])
+    alone = merge_costs([row for row in rows if row["mode"] == "sparse_to_dense"])
+    assert {one["difference"] for one in alone} == {None}
+
+
+def test_pages_show_the_runs(tmp_path, files):
+    runs = write_runs(tmp_path / "runs", files)
+    page = build_overview(tmp_path / "runs", tmp_path / "out", command="phx report runs --out out").read_text()
+    rows = list(csv.DictReader((tmp_path / "out" / SUMMARY).open()))
+    assert len(rows) == len(runs)
+    for row in rows:
+        expected = accuracy(row["method"], row["mode"], float(row["target_sparsity"]), int(row["seed"]))
+        assert float(row["accuracy"]) == pytest.approx(expected)
+        assert row["decode_tokens_per_second"] == ""  # never measured
+    assert "<script" not in page
+    assert "phx report runs --out out" in page
+    for heading in ("Accuracy against sparsity", "Methods at a glance", "What sparse-to-dense costs"):
+        assert heading in page
+    values = [100 * accuracy("wanda", "sparse_to_sparse", 0.5, seed) for seed in (0, 1)]
+    mean, half = mean_and_interval(values)
+    assert f"{mean:.1f} ± {half:.1f}" in page
+    identities = re.findall(r'\bid="([^"]+)"', page)
+    assert len(identities) == len(set(identities))
+    for svg in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
+        ET.fromstring(svg)
+        assert "%" in svg or "training tokens a second" in svg  # units
+
+
+def test_an_unfinished_run_is_named_and_left_out(tmp_path, files):
+    runs = write_runs(tmp_path / "runs", files)
+    (runs[0] / "eval.json").unlink()
+    manifest = (runs[0] / "manifest.json").read_text()
+    (runs[0] / "manifest.json").write_text(
+        manifest.replace('"report": {"status": "done"', '"report": {"status": "failed"')
+    )
+    page = build_overview(tmp_path / "runs", tmp_path / "out").read_text()
+    assert f"1 of {len(runs)} runs didn’t finish and are left out: {runs[0].name}" in page
+
+
+def test_runs_measured_in_different_ways_share_no_plot(tmp_path, files):
+    write_runs(tmp_path / "runs", files, sparsities=[0.5], seeds=[0], modes=["sparse_to_sparse"])
+    one = tmp_path / "runs" / "base-65m-gsm8k-wanda-50-parse-0" / "eval.json"
+    one.write_text(one.read_text().replace('"examples": 1319', '"examples": 20'))
+    page = build_overview(tmp_path / "runs", tmp_path / "out").read_text()
+    section = page[page.index('id="accuracy"') : page.index('id="methods"')]
+    assert "<svg" not in section
+    assert "in different ways" in section
+
+
+def test_names_of_a_run_stay_text(tmp_path, files):
+    write_runs(tmp_path / "runs", files, methods=["wanda"], sparsities=[0.5])
+    recipe = next((tmp_path / "runs").glob("*/recipe.yaml"))
+    recipe.write_text(recipe.read_text().replace("models/base-65m", "models/<script>alert(1)</script>"))
+    page = build_overview(tmp_path / "runs", tmp_path / "out").read_text()
+    assert "<script" not in page
+
+
+def test_published_figures_stand_beside_ours_with_what_differs(tmp_path, files):
+    rows = [run_row(one) for one in write_runs(tmp_path / "runs", files)]
+    found = beside(rows)
+    assert sum(len(one.theirs) for one in found) == len(FIGURES)
+    half = next(one for one in found if one.task == "GSM8K" and one.sparsity == 0.5)
+    assert {figure.accuracy for figure in half.theirs} >= {50.1, 45.1, 52.2}
+    assert any("wanda, sparse-to-sparse" in line for line in half.ours)
+    assert any(line.startswith("the model: Mistral-7B-v0.3") for line in half.differs)
+    lora = next(one for one in found if one.theirs[0].method == "dense LoRA" and one.task == "GSM8K")
+    assert lora.ours[0].startswith("51.0")
+    assert all(not one.ours for one in found if one.task != "GSM8K")  # nothing of ours is filled in
+    build_overview(tmp_path / "runs", tmp_path / "out")
+    assert "50.1" in (tmp_path / "out" / PUBLISHED).read_text()
+
+
+def test_where_there_are_no_runs_it_is_told(tmp_path, files):
+    with pytest.raises(PhoenixError, match="no such directory"):
+        find_runs(tmp_path / "nowhere")
+    with pytest.raises(PhoenixError, match="no run lies in it"):
+        find_runs(tmp_path)
+    (run,) = write_runs(
+        tmp_path / "runs", files, methods=["wanda"], sparsities=[0.5], modes=["sparse_to_sparse"], seeds=[0]
+    )
+    (run / "eval.json").unlink()
+    with pytest.raises(PhoenixError, match="none has come to an accuracy"):
+        build_overview(tmp_path / "runs", tmp_path / "out")
+    assert (tmp_path / "out" / SUMMARY).is_file()
+    assert not (tmp_path / "out" / PAGE).exists()
+
+
+def test_kinds_of_merge():
+    assert kind_of_merge({"mode": "sparse_to_sparse", "dense_merge": "dense"}) == "sparse-to-sparse"
+    assert kind_of_merge({"mode": "sparse_to_dense", "dense_merge": "remask"}) == "sparse-to-dense, masked again"

@@ -1,0 +1,79 @@
+"""phx sweep, as a user calls it: exit codes and what is said."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from phoenix_sparse import cli
+from phoenix_sparse.sweep import launching
+
+
+def phx(*arguments: object):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch, model_directory, task_directory) -> Path:
+    """A sweep whose runs end at once, with the code that their cell's task says."""
+    code = (
+        "import json, sys; from pathlib import Path\n"
+        "out, name = Path(sys.argv[1]), sys.argv[2]\n"
+        "if 'bad' in name and not (out / 'mended').exists(): print('phx: no such data'); sys.exit(2)\n"
+        "run = out / 'runs' / name; run.mkdir(parents=True)\n"
+        "facts = {'phoenix': '0', 'name': name, 'created': '2026', 'stages': {'report': {'status': 'done'}}}\n"
+        "(run / 'manifest.json').write_text(json.dumps(facts))\n"
+    )
+    monkeypatch.setattr(launching, "command", lambda job: [sys.executable, "-c", code, job.out, job.name])
+    values = {
+        "name": "mine",
+        "models": {"tiny": str(model_directory)},
+        "tasks": {"good": str(task_directory), "bad": str(task_directory)},
+        "base": {"finetune": {"ranks": [2], "max_steps": 1, "batch_size": 4, "max_length": 32}},
+        "methods": {"magnitude": {"importance": "magnitude"}},
+        "engine": {"kind": "inline"},
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(values))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "sweep.yaml"
+
+
+def test_plan_runs_nothing(file, tmp_path):
+    done = phx("sweep", "plan", file, "--cells", "sparsities=[0.5, 0.7]")
+    assert done.exit_code == 0, done.output
+    assert "mine: 4 runs" in done.output
+    assert "baseline dense: needed by 4, computed 1 times" in done.output
+    assert "tiny-good-magnitude-70-s2s-s0" in done.output
+    assert "training, estimated" in done.output
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_failed_run_is_exit_code_3_and_resume_mends_it(file):
+    done = phx("sweep", "run", file)
+    assert done.exit_code == 3, done.output
+    assert "failed: tiny-bad-magnitude-50-s2s-s0 (1 attempts): exit code 2: phx: no such data" in done.output
+    assert "2 runs: 1 done, 1 failed" in done.output
+    for what in (file, "sweeps/mine"):
+        told = phx("sweep", "status", what)
+        assert told.exit_code == 0
+        assert "2 runs: 1 done, 1 failed" in told.output
+    Path("sweeps/mine/mended").touch()
+    done = phx("sweep", "resume", file)
+    assert done.exit_code == 0, done.output
+    assert "2 runs: 2 done" in done.output
+
+
+def test_one_cell_is_a_run_like_any_other(file):
+    quick = ["base.evaluate.baselines=[]", "base.search={bounds: false, hill_climb: 0}"]
+    phx("sweep", "run", file, *quick)  # its runs are stand-ins, which leave a manifest alone
+    name = "tiny-good-magnitude-50-s2s-s0"
+    Path("sweeps/mine/runs", name, "manifest.json").unlink()
+    done = phx("sweep", "one", "sweeps/mine", name)
+    assert done.exit_code == 0, done.output
+    assert (Path("sweeps/mine/runs") / name / "report.html").is_file()
+    assert list(Path("sweeps/mine/shared/sparsify").glob("*/entry.json"))
+    done = phx("report", "sweeps/mine", "--out", "analysis")
+    assert done.exit_code == 0, done.output
+    assert "good" in Path("analysis/index.html").read_text()

@@ -1,0 +1,182 @@
+"""Engines: runs in processes of their own, retried when they die, ended when told, none left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from phoenix_sparse.sweep import launching
+from phoenix_sparse.sweep.engine_inline import run_inline
+from phoenix_sparse.sweep.engine_parsl import make_provider, parsl_config
+from phoenix_sparse.sweep.launching import Job, Stop, environment, run_cell
+from phoenix_sparse.sweep.places import Places, attempts, is_alive, note, reason
+from phoenix_sparse.sweep.settings import EngineSettings
+
+# Stands in for a run: says where it is, then does what the cell's name says.
+RUN = """
+import os, signal, sys, time
+from pathlib import Path
+cell = Path(sys.argv[1]) / "cells" / sys.argv[2]
+tries = (cell / "log.txt").read_text().count("--- attempt")
+print("gpu", os.environ.get("CUDA_VISIBLE_DEVICES"), "threads", os.environ.get("OMP_NUM_THREADS"), flush=True)
+what = sys.argv[2].partition("-")[0]
+if what == "wrong": print("phx: the input is wrong", flush=True); sys.exit(2)
+if what == "dies" or (what == "once" and tries == 1): os.kill(os.getpid(), signal.SIGKILL)
+if what == "crash": raise RuntimeError("something broke")
+if what == "long":
+    signal.signal(signal.SIGTERM, lambda *_: (print("ended in order", flush=True), sys.exit(130)))
+    time.sleep(60)
+"""
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch, tmp_path):
+    (tmp_path / "run.py").write_text(RUN)
+    monkeypatch.setattr(launching, "command", lambda job: [sys.executable, str(tmp_path / "run.py"), job.out, job.name])
+
+
+def job(tmp_path: Path, name: str, **changes: object) -> Job:
+    return Job(
+        **({"name": name, "out": str(tmp_path), "directory": str(tmp_path), "retries": 1, "share": True} | changes)
+    )
+
+
+def test_every_run_goes_on_whatever_becomes_of_the_others(tmp_path):
+    names = ["fine-1", "dies", "once", "wrong", "crash", "fine-2"]
+    codes: dict[str, int] = {}
+    run_inline([job(tmp_path, name) for name in names], 2, ["3", "5"], Stop(), codes.__setitem__)
+    assert codes == {"fine-1": 0, "fine-2": 0, "once": 0, "dies": -signal.SIGKILL, "wrong": 2, "crash": 1}
+    known = {name: attempts(tmp_path / "cells" / name) for name in names}
+    # A message about the input wouldn't change; what was killed is tried again, as often as asked for.
+    assert {name: len(tries) for name, tries in known.items()} == dict.fromkeys(names, 1) | {"dies": 2, "once": 2}
+    assert reason(tmp_path / "cells" / "wrong", known["wrong"][-1]).endswith("phx: the input is wrong")
+    assert "killed by signal 9" in reason(tmp_path / "cells" / "dies", known["dies"][-1])
+    assert "RuntimeError: something broke" in reason(tmp_path / "cells" / "crash", known["crash"][-1])
+    gpus = {(tmp_path / "cells" / name / "log.txt").read_text().split("gpu ")[1].split()[0] for name in names}
+    assert gpus <= {"3", "5"}
+
+
+def test_threads_and_gpus_are_the_run_s_own(tmp_path):
+    found = environment(job(tmp_path, "x", threads=3, gpu="1"))
+    assert (found["OMP_NUM_THREADS"], found["CUDA_VISIBLE_DEVICES"]) == ("3", "1")
+    left = environment(job(tmp_path, "x"))
+    assert left.get("CUDA_VISIBLE_DEVICES") == os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def test_a_sweep_that_is_told_to_stop_ends_its_runs_in_order(tmp_path):
+    stop, codes = Stop(), {}
+
+    def tell() -> None:
+        while not all((tmp_path / "cells" / name / "log.txt").is_file() for name in ("long-1", "long-2")):
+            time.sleep(0.05)
+        time.sleep(0.5)
+        stop.set()
+
+    threading.Thread(target=tell).start()
+    names = ["long-1", "long-2", "fine"]
+    run_inline([job(tmp_path, name) for name in names], 2, [], stop, codes.__setitem__)
+    assert codes == {"long-1": 130, "long-2": 130}  # the third never began
+    for name in ("long-1", "long-2"):
+        (only,) = attempts(tmp_path / "cells" / name)
+        assert only["stopped"]
+        assert not is_alive(only)
+        assert "ended in order" in (tmp_path / "cells" / name / "log.txt").read_text()
+
+
+def test_a_run_without_its_worker_ends(tmp_path):
+    code = "import os, time; from phoenix_sparse.sweep.running import end_with; end_with(os.getppid()); time.sleep(60)"
+    worker = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"],
+    )
+    children = Path(f"/proc/{worker.pid}/task/{worker.pid}/children")
+    deadline = time.monotonic() + 30
+    while not children.read_text().split() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (run,) = map(int, children.read_text().split())
+    time.sleep(4)  # it imports
+    worker.kill()
+    worker.wait()
+    while Path(f"/proc/{run}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{run}").exists()
+
+
+def test_a_run_that_is_still_at_work_is_waited_for(tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1.5)"])
+    note(Places(tmp_path).cell("fine"), "begun", attempt=1, pid=other.pid)
+    started = time.monotonic()
+    assert run_cell(job(tmp_path, "fine")) == 0
+    assert time.monotonic() - started > 1
+    other.wait()
+
+
+def test_a_record_with_a_torn_end_is_read(tmp_path):
+    note(tmp_path, "begun", attempt=1, pid=1)
+    with (tmp_path / "attempts.jsonl").open("a") as stream:
+        stream.write('{"event": "ended", "ex')
+    (only,) = attempts(tmp_path)
+    assert "exit" not in only
+
+
+def test_parsl_is_configured_for_this_machine(tmp_path):
+    pytest.importorskip("parsl")
+    settings = EngineSettings.model_validate({"workers": 4, "gpus": [0, 1]})
+    (executor,) = parsl_config(settings, tmp_path, 2).executors
+    assert executor.max_workers_per_node == 4
+    assert executor.available_accelerators == ["0", "1", "0", "1"]
+    assert executor.provider.label == "local"
+    assert parsl_config(settings, tmp_path, 2).retries == 2
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        (
+            {"kind": "slurm", "partition": "gpu", "account": "a", "gpus": 4, "qos": "q", "memory": 64, "cpus": 32},
+            {
+                "partition": "gpu",
+                "account": "a",
+                "gpus_per_node": 4,
+                "qos": "q",
+                "mem_per_node": 64,
+                "cores_per_node": 32,
+            },
+        ),
+        (
+            {"kind": "pbs", "queue": "prod", "account": "a", "select_options": "ngpus=4", "cpus": 32},
+            {"queue": "prod", "account": "a", "select_options": "ngpus=4", "cpus_per_node": 32},
+        ),
+    ],
+)
+def test_clusters_are_configured_from_the_sweep_file(place, expected):
+    pytest.importorskip("parsl")
+    common = {"walltime": "12:00:00", "nodes": 2, "jobs": 3, "worker_init": "module load x", "scheduler_options": "#X"}
+    provider = make_provider(EngineSettings.model_validate({"provider": place | common}))
+    for name, value in expected.items():
+        assert getattr(provider, name) == value, name
+    assert (provider.walltime, provider.nodes_per_block, provider.max_blocks) == ("12:00:00", 2, 3)
+    assert provider.worker_init.rstrip().endswith("module load x")
+    assert provider.worker_init.startswith("export PATH=")
+    assert "#X" in provider.scheduler_options
+
+
+def test_without_parsl_the_message_says_what_to_install(tmp_path, monkeypatch):
+    from phoenix_sparse.errors import PhoenixError
+
+    monkeypatch.setitem(sys.modules, "parsl.config", None)
+    with pytest.raises(PhoenixError, match=r"phoenix-sparse\[sweep\].*engine.kind=inline"):
+        parsl_config(EngineSettings(), tmp_path, 1)
+
+
+def test_attempts_are_plain_json_lines(tmp_path):
+    assert run_cell(job(tmp_path, "fine")) == 0
+    lines = [json.loads(line) for line in (tmp_path / "cells/fine/attempts.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["begun", "ended"]
+    assert lines[1]["exit"] == 0
+    assert lines[1]["seconds"] > 0
