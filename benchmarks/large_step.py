@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import RANK, SCALE, SEED, SPARSITY, facts, print_table
+from measuring import RANK, SCALE, SEED, SPARSITY, facts, llama_config, print_table
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn import functional
@@ -32,23 +32,11 @@ WAYS = {"ours": "Phoenix, masked", "lora": "PEFT LoRA (autocast)", "two_products
 
 
 def make_model(layers: int, width: int) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = LlamaConfig(
-        hidden_size=width,
-        intermediate_size=width * 7 // 2,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 128,
-        num_key_value_heads=max(1, width // 512),
-        vocab_size=128256,
-        rope_theta=500000.0,
-        tie_word_embeddings=False,
-    )
     torch.manual_seed(SEED)
-    torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        model: Any = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
+        model: Any = AutoModelForCausalLM.from_config(llama_config(layers, width), dtype=torch.bfloat16)
     with torch.no_grad():
         for layer in prunable_linears(model).values():
             layer.weight.mul_(torch.rand(layer.weight.shape, device="cuda") >= SPARSITY)

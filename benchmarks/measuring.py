@@ -152,6 +152,24 @@ def _commit() -> str | None:
     return lines[1] + (" with changes" if changes.stdout.strip() else "")
 
 
+def llama_config(layers: int, width: int) -> Any:
+    """Llama-3-8B's configuration, with 32 layers and width 4096, or one of its proportions."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        hidden_size=width,
+        intermediate_size=width * 7 // 2,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 128,
+        num_key_value_heads=max(1, width // 512),
+        vocab_size=128256,
+        max_position_embeddings=8192,
+        rope_theta=500000.0,
+        tie_word_embeddings=False,
+        dtype=torch.bfloat16,
+    )
+
+
 def print_table(rows: list[dict[str, str]]) -> None:
     """Columns as wide as their widest cell: the first to the left, figures to the right."""
     columns = list(rows[0])

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import SEED, facts
+from measuring import SEED, facts, llama_config
 
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import write_json
@@ -32,20 +32,9 @@ def make(directory: Path, layers: int, width: int) -> None:
     """Write a model of the shape, one shard a block."""
     from accelerate import init_empty_weights
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM
 
-    config = LlamaConfig(
-        hidden_size=width,
-        intermediate_size=width * 7 // 2,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 128,
-        num_key_value_heads=max(1, width // 512),
-        vocab_size=128256,
-        max_position_embeddings=8192,
-        rope_theta=500000.0,
-        tie_word_embeddings=False,
-        dtype=torch.bfloat16,
-    )
+    config = llama_config(layers, width)
     with init_empty_weights():
         shapes = {
             name: tuple(value.shape) for name, value in AutoModelForCausalLM.from_config(config).state_dict().items()
