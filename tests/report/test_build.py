@@ -309,3 +309,39 @@ def test_stages_stand_in_the_order_in_which_they_began(files: dict[str, Any], wr
     }
     text = read(build_report(write_run(files))).text
     assert text.index("zfirst") < text.index("alast")
+
+
+def test_several_tasks_stand_in_one_table(files: dict[str, Any], write_run: Write) -> None:
+    own = files["eval.json"]["phoenix"]
+    other = own | {"task": "piqa", "metric": "acc,none", "accuracy": 0.625, "stderr": 0.0125}
+    files["eval_all.json"] = {"tasks": {own["task"]: own, "piqa": other}, "mean_accuracy": 0.4321}
+    run = write_run(files)
+    build_report(run)
+    page = read(run / "report.html")
+    assert "All tasks, accuracy in %" in page.text
+    assert "piqa acc, none" in page.text
+    assert "62.5% ± 1.2" in page.text
+    assert "Mean 43.2%" in page.text
+
+
+def test_projections_are_labelled(files: dict[str, Any], write_run: Write) -> None:
+    rate = {"tokens_per_second": 317.0, "bound": "memory"}
+    row = {"system": "H200", "batch": 1, "projected": True, "dense": {"prefill": rate, "decode": rate}, "packed": None}
+    files["flops.json"]["projected"] = {"note": "Projected, not measured: a roof.", "rows": [row]}
+    run = write_run(files)
+    build_report(run)
+    page = read(run / "report.html")
+    assert "Projected tokens a second on other machines (not measured)" in page.text
+    assert "H200 1 317 does not fit 317 does not fit" in page.text
+    assert "Projected, not measured: a roof." in page.text
+
+
+def test_the_kept_step_of_a_validated_training_is_told(files: dict[str, Any], write_run: Write) -> None:
+    curve = [{"step": 10, "loss": 1.5}, {"step": 20, "loss": 1.25}, {"step": 30, "loss": 1.375}]
+    files["tune.json"]["validation"] = {"curve": curve, "best_step": 20, "stopped_early": True, "examples": 64}
+    run = write_run(files)
+    build_report(run)
+    assert (
+        "validated 3 times on 64 examples; kept are the weights after step 20, with a loss of 1.2500; stopped early."
+        in read(run / "report.html").text
+    )

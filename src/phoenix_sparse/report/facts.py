@@ -12,6 +12,7 @@ from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import read_json
 from phoenix_sparse.report.records import (
     Accuracy,
+    AllAccuracies,
     Allocation,
     Certificate,
     Flops,
@@ -39,6 +40,7 @@ class Facts:
     manifest: Manifest
     recipe: Mapping[str, Any] | None
     accuracies: Mapping[str, Accuracy]
+    all_accuracies: Mapping[str, AllAccuracies]
     tunes: Mapping[str, Tune]
     perplexities: Mapping[str, Perplexity]
     allocation: Allocation | None
@@ -85,6 +87,7 @@ def read_facts(run_directory: Path) -> Facts:
         manifest=manifest,
         recipe=_read_recipe(run_directory / "recipe.yaml"),
         accuracies=_by_role(run_directory, "eval.json", Accuracy, "phoenix"),
+        all_accuracies=_by_role(run_directory, "eval_all.json", AllAccuracies),
         tunes=_by_role(run_directory, "tune.json", Tune),
         perplexities=_by_role(run_directory, "perplexity.json", Perplexity),
         allocation=_read(run_directory / "allocation.json", Allocation),

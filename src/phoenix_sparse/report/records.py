@@ -66,6 +66,13 @@ class Accuracy(Record):
     seconds: float | None = None
 
 
+class AllAccuracies(Record):
+    """Of one model on the run's own task and on those of evaluate.also."""
+
+    tasks: dict[str, Accuracy]
+    mean_accuracy: float = Field(ge=0, le=1)
+
+
 class AllocatedLayer(Record):
     shape: tuple[int, int]
     nnz: NonNegativeInt
@@ -90,6 +97,15 @@ class TuneStep(Record):
     loss: float | None = None
 
 
+class Validation(Record):
+    """The validation loss of a completion token along the training; the weights of the best step were kept."""
+
+    curve: list[TuneStep]
+    best_step: int
+    stopped_early: bool
+    examples: NonNegativeInt
+
+
 class Tune(Record):
     log: list[TuneStep]
     resumed_from: int | None = None
@@ -99,6 +115,7 @@ class Tune(Record):
     seconds: float | None = None
     peak_memory_bytes: int | None = None
     trainable_parameters: int | None = None
+    validation: Validation | None = None
 
 
 class Candidate(Record):
@@ -182,6 +199,30 @@ class Bytes(Record):
     kv_cache: int
 
 
+class Rate(Record):
+    tokens_per_second: float = Field(gt=0)
+    bound: str
+
+
+class Rates(Record):
+    prefill: Rate
+    decode: Rate
+
+
+class Projection(Record):
+    """None where the weights don't fit the machine's memory."""
+
+    system: str
+    batch: int
+    dense: Rates | None
+    packed: Rates | None
+
+
+class Projected(Record):
+    note: str
+    rows: list[Projection]
+
+
 class Flops(Record):
     convention: str
     prompt_length: int
@@ -190,6 +231,7 @@ class Flops(Record):
     decode: Decode
     parameters: Parameters
     bytes: Bytes
+    projected: Projected | None = None
 
 
 class Perplexity(Record):
