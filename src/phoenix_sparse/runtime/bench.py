@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.models import prunable_linears
 from phoenix_sparse.progress import Progress
+from phoenix_sparse.runtime.cuda.linear import CudaLinear, prove, wanted
 from phoenix_sparse.runtime.loading import open_model
 from phoenix_sparse.runtime.packed import pack, quantize
 from phoenix_sparse.runtime.packing import Values
@@ -95,7 +96,7 @@ def measure(
     return {
         "model": directory.name,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "values": str(first.compressed.dtype).removeprefix("torch."),
+        "values": str(_values(first).dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "weight_bytes": {form: pair.bytes(form) for form in pair.forms},
@@ -118,7 +119,7 @@ class Pair:
         self.model = model.eval()
         self.forms: dict[str, dict[str, Any]] = {"dense": {}, "sparse": {}}
         for name, module in model.named_modules():
-            if isinstance(module, SparseLinear):
+            if isinstance(module, SparseLinear | CudaLinear):
                 self.forms["sparse"][name] = module
                 self.forms["dense"][name] = _dense(module)
         if not self.forms["sparse"]:
@@ -131,6 +132,10 @@ class Pair:
                     self.forms["sparse"][name] = sparse.to(linear.weight.device)
         if not self.forms["sparse"]:
             raise PhoenixError("bench: no linear of this model is sparse enough to be packed; prune it first")
+        for name, module in self.forms["sparse"].items():
+            if isinstance(module, SparseLinear) and wanted(module.bitmask.device):
+                prove(module.bitmask.device, module.weight.dtype)
+                self.forms["sparse"][name] = CudaLinear.of(module)
 
     @contextmanager
     def as_(self, form: str) -> Iterator[Any]:
@@ -150,11 +155,25 @@ class Pair:
         return sum(tensors.values())
 
 
-def _dense(module: SparseLinear) -> nn.Linear:
+def _dense(module: SparseLinear | CudaLinear) -> nn.Linear:
     linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-    linear.weight = nn.Parameter(module.dense(), requires_grad=False)
-    linear.register_parameter("bias", module.bias)
+    weight = module.dense().contiguous()
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    bias = module.bias if isinstance(module, SparseLinear) else module.offset
+    linear.register_parameter(
+        "bias", None if bias is None else nn.Parameter(bias.to(weight.dtype), requires_grad=False)
+    )
     return linear
+
+
+def _values(module: SparseLinear | CudaLinear) -> Tensor:
+    return module.compressed if isinstance(module, SparseLinear) else module.values
+
+
+def _weight_bytes(module: SparseLinear | CudaLinear) -> int:
+    if isinstance(module, CudaLinear):
+        return module.nbytes
+    return sum(part.nbytes for part in module.packed.tensors().values())
 
 
 @torch.inference_mode()
@@ -281,7 +300,7 @@ Linears = list[Callable[[Tensor], Tensor]]
 def _kinds(pair: Pair, names: list[str]) -> dict[str, tuple[Linears, int]]:
     """The layers of one shape in each kind, and the bytes of one."""
     sparse, dense = ([pair.forms[form][name] for name in names] for form in ("sparse", "dense"))
-    size = sum(part.nbytes for part in sparse[0].packed.tensors().values())
+    size = _weight_bytes(sparse[0])
     kinds: dict[str, tuple[Linears, int]] = {"sparse": (list(sparse), size)}
     weight: Tensor = dense[0].weight
     kinds[f"torch {str(weight.dtype).removeprefix('torch.')}"] = (list(dense), weight.nbytes)

@@ -8,6 +8,7 @@ import torch
 from phoenix_sparse.errors import PhoenixError, first_line
 from phoenix_sparse.files import read_json
 from phoenix_sparse.models import LIBRARY_ERRORS, choose_dtype, find_device, load_config, load_model
+from phoenix_sparse.runtime.cuda.linear import prepare
 from phoenix_sparse.runtime.packing import read_config
 from phoenix_sparse.settings import Device, Dtype
 
@@ -15,8 +16,10 @@ from phoenix_sparse.settings import Device, Dtype
 def load(directory: Path | str, dtype: Dtype = "auto", device: Device = "auto") -> Any:
     """Load a packed model for inference; its linears stay packed.
 
+    On a GPU, with `PHOENIX_CUDA=kernels`, they are put in the layout of Phoenix's kernels there; only that is kept.
+
     Raises:
-        PhoenixError: the directory isn't packed, or a file of it is damaged.
+        PhoenixError: the directory isn't packed, a file of it is damaged, or the GPU's kernels can't be had.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -35,7 +38,9 @@ def load(directory: Path | str, dtype: Dtype = "auto", device: Device = "auto") 
         )
     except (*LIBRARY_ERRORS, SafetensorError) as error:
         raise PhoenixError(f"{directory}: the packed weights can't be loaded ({first_line(error)})") from error
-    return model.to(place).eval()
+    model = model.to(place).eval()
+    prepare(model, place)
+    return model
 
 
 def generate(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int = 64) -> str:

@@ -1,0 +1,222 @@
+"""One linear on the GPU: Phoenix's kernels against cuBLAS, by shape, density and batch, in one process.
+
+    PYTHONPATH=src python benchmarks/gpu_sparse.py --json gpu_sparse.json
+
+Launches are captured in a graph and replayed; each launch takes another copy of the weights, of which there are so many
+that no copy is still in the level-2 cache when its turn comes again. Times are medians of replays. `limit` is what
+reading the weights once would take at the bandwidth of a long device-to-device copy measured beside. Before anything is
+timed, products are compared with float64 on other shapes, and two launches with each other.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import facts, print_table
+from torch import Tensor
+
+from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.files import write_json
+from phoenix_sparse.runtime.cuda.layout import TILE_COLUMNS, Layout, Plan, build
+from phoenix_sparse.runtime.cuda.linear import plan_for
+from phoenix_sparse.runtime.cuda.product import MOST, expand, multiply
+
+SHAPES = [(14336, 4096), (4096, 14336), (6144, 4096), (28672, 4096)]
+CHECKED = [(64, 256, 0.5), (33, 130, 0.3), (300, 5000, 0.5), (16, 64, 1.0), (1, 8, 0.5), (1000, 1000, 0.05),
+           (2000, 9000, 0.6), (48, 64, 0.0)]  # fmt: skip
+COLD = 130_000_000  # bytes that pass between two uses of a copy, twice the level-2 cache
+CEILING = 2**30  # bytes of the copy that bandwidth is measured with
+
+Launch = Callable[[], object]
+
+
+def _sparse(out: int, columns: int, density: float, dtype: torch.dtype) -> Tensor:
+    weight = torch.randn(out, columns, device="cuda")
+    return torch.where(torch.rand_like(weight) < density, weight, 0.0).to(dtype)
+
+
+def _layout(weight: Tensor, plan: Plan) -> Layout:
+    kept = weight != 0
+    out, columns = weight.shape
+    bits = torch.nn.functional.pad(kept, (0, -columns % 8)).view(out, -1, 8).to(torch.uint8)
+    bitmask = (bits << torch.arange(8, dtype=torch.uint8, device=weight.device)).sum(-1, dtype=torch.uint8)
+    offsets = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0))
+    return build(bitmask, weight[kept], offsets, columns, plan)
+
+
+def check(batches: list[int], plan: Plan) -> None:
+    """Compare with float64, and two launches with each other.
+
+    Raises:
+        PhoenixError: they differ.
+    """
+    for dtype in (torch.bfloat16, torch.float16):
+        for out, columns, density in CHECKED:
+            weight = _sparse(out, columns, density, dtype)
+            layout = _layout(weight, plan)
+            if not torch.equal(expand(layout), weight):
+                raise PhoenixError(f"gpu_sparse: {out}x{columns} at {density:.0%} {dtype} is not unpacked as it was")
+            for batch in batches:
+                x = torch.randn(batch, columns, device="cuda").to(dtype)
+                y, exact = multiply(x, layout), x.double() @ weight.double().t()
+                if not torch.equal(y, multiply(x, layout)):
+                    raise PhoenixError(f"gpu_sparse: {out}x{columns}, batch {batch}: two launches differ")
+                if not bool((y.double() - exact).norm() <= 5e-3 * exact.norm()):
+                    raise PhoenixError(f"gpu_sparse: {out}x{columns} at {density:.0%}, batch {batch}: wrong {dtype}")
+        print(f"checked: {len(CHECKED)} shapes in {dtype}, batches {batches}", flush=True)
+
+
+def _copies(layout: Layout, count: int) -> list[Layout]:
+    names = ("values", "bitmaps", "headers", "warps", "counters")
+    others = [{name: getattr(layout, name).clone() for name in names} for _ in range(count - 1)]
+    return [layout, *(dataclasses.replace(layout, **parts) for parts in others)]
+
+
+def microseconds(launches: list[Launch], repeats: int) -> float:
+    """Of one launch: the median over replays of a graph of them."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for launch in launches:
+            launch()
+    torch.cuda.synchronize()
+    count = max(48, len(launches))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for number in range(count):
+            launches[number % len(launches)]()
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / count)
+    return statistics.median(times)
+
+
+def bandwidth(repeats: int) -> float:
+    """Bytes a second of a long copy, read and written."""
+    source = torch.ones(CEILING, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * CEILING / (microseconds([lambda: target.copy_(source)], repeats) * 1e-6)
+
+
+def _one(
+    weight: Tensor,
+    density: float,
+    plan: Plan,
+    xs: dict[int, Tensor],
+    base: dict[int, float],
+    limit: float,
+    repeats: int,
+) -> Iterator[dict[str, Any]]:
+    out, columns = weight.shape
+    layout = _layout(weight, plan)
+    copies = _copies(layout, max(2, -(-COLD // layout.nbytes)))
+    memory = torch.empty(layout.blocks * TILE_COLUMNS * out, dtype=weight.dtype, device="cuda")
+    unpacked = microseconds([lambda c=c: expand(c, memory) for c in copies], repeats)
+    for batch, x in xs.items():
+        time = microseconds([lambda c=c, x=x: multiply(x, c) for c in copies], repeats)
+        yield {
+            "shape": f"{out}x{columns}",
+            "kept": density,
+            "batch": batch,
+            "plan": f"{plan.warps}:{plan.ring}:{plan.slack}, depth {layout.depth}",
+            "cublas": base[batch],
+            "phoenix": time,
+            "factor": base[batch] / time,
+            "gigabytes": layout.nbytes / time / 1e3,
+            "share": layout.nbytes / limit / (time * 1e-6),
+            "bytes": layout.nbytes / (out * columns),
+            "expand": unpacked,
+        }
+
+
+def measure(
+    shapes: list[tuple[int, int]], densities: list[float], batches: list[int], plans: list[Plan], repeats: int
+) -> list[dict[str, Any]]:
+    """A row for each shape, density and batch; printed as they come."""
+    rows: list[dict[str, Any]] = []
+    limit = bandwidth(repeats)
+    print(f"copying: {limit / 1e12:.2f} TB/s", flush=True)
+    for out, columns in shapes:
+        weight = torch.randn(out, columns, device="cuda", dtype=torch.bfloat16)
+        dense = [weight.clone() for _ in range(max(2, -(-COLD // weight.nbytes)))]
+        xs = {batch: torch.randn(batch, columns, device="cuda", dtype=torch.bfloat16) for batch in batches}
+        base = {
+            batch: microseconds([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in dense], repeats)
+            for batch, x in xs.items()
+        }
+        del dense
+        for density in densities:
+            sparse = _sparse(out, columns, density, torch.bfloat16)
+            for plan in plans:
+                for row in _one(sparse, density, plan, xs, base, limit, repeats):
+                    rows.append(row)
+                    print({key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 16, 32])
+    parser.add_argument("--density", type=float, nargs="+", default=[0.5, 0.3, 0.1])
+    parser.add_argument("--shape", nargs="+", default=[f"{out}x{columns}" for out, columns in SHAPES])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--plan", nargs="+", help="WARPS:RING:SLACK; the one that fits the GPU unless given")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    try:
+        shapes = [(int(out), int(columns)) for out, columns in (shape.split("x") for shape in options.shape)]
+        if not torch.cuda.is_available():
+            raise PhoenixError("gpu_sparse: torch sees no GPU; run this on a machine with one")
+        if not all(1 <= batch <= MOST for batch in options.batch):
+            raise PhoenixError(f"gpu_sparse: --batch {options.batch}; a launch takes 1 to {MOST}")
+        torch.manual_seed(0)
+        plans = [plan_for(torch.device("cuda"))]
+        if options.plan:
+            numbers = [[int(part) for part in text.split(":")] for text in options.plan]
+            plans = [Plan(plans[0].processors, warps=w, ring=r, slack=s) for w, r, s in numbers]
+        for plan in plans:
+            check(sorted({1, 3, 8, 9, MOST, *options.batch}), plan)
+        rows = measure(shapes, options.density, options.batch, plans, options.repeats)
+    except PhoenixError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except ValueError:
+        print(
+            "gpu_sparse: --shape takes OUTxIN, as 14336x4096, and --plan WARPS:RING:SLACK, as 8:96:24", file=sys.stderr
+        )
+        return 2
+    print_table(
+        [
+            {
+                "shape": row["shape"],
+                "kept": f"{row['kept']:.0%}",
+                "batch": str(row["batch"]),
+                "plan": row["plan"],
+                "cuBLAS µs": f"{row['cublas']:.1f}",
+                "Phoenix µs": f"{row['phoenix']:.1f}",
+                "factor": f"{row['factor']:.2f}",
+                "GB/s": f"{row['gigabytes']:.0f}",
+                "of the limit": f"{row['share']:.0%}",
+                "bytes a weight": f"{row['bytes']:.3f}",
+                "expand µs": f"{row['expand']:.1f}",
+            }
+            for row in rows
+        ]
+    )
+    if options.json is not None:
+        write_json(options.json, {"facts": facts(torch.device("cuda"), torch.bfloat16), "rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,351 @@
+// y = x Wᵀ with W sparse, on tensor cores, and W's expansion into a dense matrix. layout.py explains the arrays.
+//
+// No header is included, so that NVRTC compiles this wherever torch runs. Macros given by compiling.py:
+//   HALF   0: bfloat16, 1: float16
+//   NT     rows of x handled, in eights (1 to 4)
+//   NW     warps of a block of threads
+//   DEPTH  tiles that copies run ahead of the decoding
+//   RING   rows of a warp's ring in shared memory, a multiple of 4
+//
+// A warp walks through its tiles of 16 x 128 weights. A lane decodes exactly the values of its own mma fragments: for
+// every pair of positions (one register) it reads the next value of its low and of its high stream, and a byte
+// permutation keeps what the bitmap says. Rows of the streams are 128 bytes, one word a lane, so that reads of shared
+// memory have no bank conflicts wherever each lane stands. The first TAIL rows of the ring exist twice: a lane may run
+// past the end within a tile without asking.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned long long u64;
+
+#define TAIL 32                       // values of one stream in one tile, at most
+#define ROW 128                       // bytes
+#define SLOTS 8                       // bitmaps in flight; more than DEPTH
+#define SLOT (2 * ROW)
+#define WARP_BYTES ((RING + TAIL) * ROW + SLOTS * SLOT)
+#define COLUMNS 128                   // of a tile
+#define TOGETHER 4                    // rows of tiles that go through the columns together, for x to be read less often
+
+struct Shape {
+    int rows, columns, batch;         // of W; of x
+    int tiles, blocks;                // 16 rows, 128 columns
+    int groups, slabs;                // of tiles; of blocks
+};
+
+// -- instructions (the tests put others here, to run this file on a CPU)
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ u32 read16(u32 address) {
+    u16 v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
+    return v;
+}
+
+__device__ __forceinline__ uint2 read64(u32 address) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+    return v;
+}
+
+__device__ __forceinline__ void copy16(u32 to, const void* from) {
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void copy8(u32 to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int N>
+__device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+__device__ __forceinline__ u32 dot(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+__device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
+    u32 d;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+    return d;
+}
+
+__device__ __forceinline__ void multiply(float* c, const u32* a, u32 b0, u32 b1) {
+#if HALF
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#endif
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ u16 narrow(float v) {
+    u16 r;
+#if HALF
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(v));
+#else
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
+#endif
+    return r;
+}
+// -- end of instructions
+
+// One warp's way through its streams.
+struct Reader {
+    const unsigned char* values;      // the next four rows to copy, this lane's part
+    const uint2* bitmaps;             // of the next tile to copy, this lane's words
+    const u32* headers;               // of the tile after the next to decode
+    u32 ring, slots;                  // addresses in shared memory, this lane's words
+    u32 part;                         // where this lane's part of four rows goes, relative to `ring`
+    u32 filled;                       // bytes into the ring where the next copy goes
+    u32 base;                         // bytes into the ring where the window begins
+    u32 low, high;                    // bytes from there to this lane's streams
+    u32 header;                       // of the tile to decode next: step, 256 · fours to copy when it is done
+    u32 taken, given;                 // slots of bitmaps: the next to decode, the next to fill
+
+    __device__ __forceinline__ void rows(u32 quads) {
+#pragma unroll 1
+        for (; quads; --quads) {
+            const u32 to = ring + part + filled;
+            copy16(to, values);
+            if (filled < TAIL * ROW) copy16(to + RING * ROW, values);
+            values += 4 * ROW;
+            filled += 4 * ROW;
+            if (filled == RING * ROW) filled = 0;
+        }
+    }
+
+    __device__ __forceinline__ void words() {
+        copy8(slots + given, bitmaps);
+        bitmaps += 32;
+        given = (given + SLOT) & (SLOTS * SLOT - 1);
+    }
+
+    __device__ __forceinline__ void start(const int4 info, const unsigned char* all, const uint2* maps,
+                                          const u32* heads, u32 memory) {
+        const int lane = threadIdx.x & 31;
+        values = all + (u64)(u32)info.y * (4 * ROW) + lane * 16;
+        bitmaps = maps + (u64)(u32)info.x * 32 + lane;
+        headers = heads + info.x;
+        ring = memory + lane * 4;
+        part = lane * 12;
+        slots = memory + (RING + TAIL) * ROW + lane * 8;
+        filled = base = low = high = taken = given = 0;
+        for (int i = 0; i < DEPTH; ++i) words();
+        rows(info.w);
+        commit();
+        for (int i = 1; i < DEPTH; ++i) commit();
+        header = *headers++;
+    }
+
+    // The fragments of the next tile: a[4 s + r] is register r of the s-th product over 16 columns.
+    __device__ __forceinline__ void decode(u32* a) {
+        wait<DEPTH - 1>();
+        __syncwarp();
+        const uint2 both = read64(slots + taken);
+        taken = (taken + SLOT) & (SLOTS * SLOT - 1);
+        const int step = (header & 0xff) * ROW;
+        low = max((int)low - step, 0);
+        high = max((int)high - step, 0);
+        base += step;
+        base = min(base, base - RING * ROW);  // unsigned: what is negative is large
+        u32 at_low = ring + min(base + low, base + low - RING * ROW);
+        u32 at_high = ring + 2 + min(base + high, base + high - RING * ROW);
+        const u32 from_low = at_low, from_high = at_high;
+#pragma unroll
+        for (int j = 0; j < 16; ++j) {
+            const u32 two = (j < 8 ? both.x : both.y) >> (j & 6);
+            const int k = j & 1;  // the bits stand k too high, which the factors make good
+            const u32 four = two & (0x01010101u << k);
+            const u32 selectors = 0x76327632u - (0x22u >> k) * four;
+            const u32 l0 = read16(at_low), h0 = read16(at_high);
+            at_low = dot(four, 0x00000080u >> k, at_low);
+            at_high = dot(four, 0x00008000u >> k, at_high);
+            const u32 l1 = read16(at_low), h1 = read16(at_high);
+            at_low = dot(four, 0x00800000u >> k, at_low);
+            at_high = dot(four, 0x80000000u >> k, at_high);
+            a[2 * j] = permute(l0, h0, selectors);
+            a[2 * j + 1] = permute(l1, h1, selectors >> 16);
+        }
+        low += at_low - from_low;
+        high += at_high - from_high;
+    }
+
+    // Copy for the tile that is DEPTH ahead, into what this one left behind. Beyond the warp's last tile that copies
+    // a bitmap which nobody reads.
+    __device__ __forceinline__ void advance() {
+        __syncwarp();
+        words();
+        rows(header >> 8);
+        commit();
+        header = *headers++;
+    }
+};
+
+// The part of a row of tiles that a warp takes: it alternates, where the columns can't be divided evenly.
+struct Share {
+    int from, count;  // columns of tiles that the block of threads takes
+
+    __device__ __forceinline__ Share(int slab, const Shape& shape) {
+        from = shape.blocks * slab / shape.slabs;
+        count = shape.blocks * (slab + 1) / shape.slabs - from;
+    }
+    __device__ __forceinline__ int first(int warp, int tile) const {
+        return from + (count * warp + tile * 5 % NW) / NW;
+    }
+};
+
+__device__ __forceinline__ void finish(u16* y, float sum, const float* scales, const float* bias, int out, int n,
+                                       const Shape& shape) {
+    if (scales) sum *= scales[out];
+    if (bias) sum += bias[out];
+    y[(u64)n * shape.rows + out] = narrow(sum);
+}
+
+struct Columns {
+    const uint4* of[NT];  // this lane's parts of x; beyond the last row, that one again, for sums that nobody keeps
+
+    __device__ __forceinline__ Columns(const u16* x, const Shape& shape) {
+        const int lane = threadIdx.x & 31;
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+            of[n] = (const uint4*)(x + (u64)min(n * 8 + (lane >> 2), shape.batch - 1) * (shape.blocks * COLUMNS) +
+                                   (lane & 3) * 16);
+    }
+    __device__ __forceinline__ void fetch(uint4 (*b)[4], int block) const {
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+            const uint4* from = of[n] + block * (COLUMNS / 8);
+            b[n][0] = __ldg(from);
+            b[n][1] = __ldg(from + 1);
+            b[n][2] = __ldg(from + 8);
+            b[n][3] = __ldg(from + 9);
+        }
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(NW * 32, 1)
+phx_linear(const unsigned char* values, const uint2* bitmaps, const u32* headers, const int4* warps, const u16* x,
+           const float* scales, const float* bias, u16* y, float* sums, u32* counters, Shape shape) {
+    extern __shared__ __align__(128) unsigned char memory[];
+    __shared__ u32 arrived;
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const int group = blockIdx.x % shape.groups, slab = blockIdx.x / shape.groups;
+    Reader reader;
+    reader.start(warps[blockIdx.x * NW + warp], values, bitmaps, headers, shared_address(memory + warp * WARP_BYTES));
+
+    const int first_tile = (int)((u64)shape.tiles * group / shape.groups);
+    const int last_tile = (int)((u64)shape.tiles * (group + 1) / shape.groups);
+    const Share share(slab, shape);
+    const Columns columns(x, shape);
+    float* partial = (float*)(memory + NW * WARP_BYTES);  // [NW][NT * 8][TOGETHER * 16]
+
+    for (int tile = first_tile; tile < last_tile; tile += TOGETHER) {
+        const int first = share.first(warp, tile), last = share.first(warp + 1, tile);
+        const int together = min(TOGETHER, last_tile - tile);
+        float c[TOGETHER][NT][4];
+#pragma unroll
+        for (int u = 0; u < TOGETHER; ++u)
+#pragma unroll
+            for (int n = 0; n < NT; ++n) c[u][n][0] = c[u][n][1] = c[u][n][2] = c[u][n][3] = 0.0f;
+        for (int block = first; block < last; ++block) {
+            uint4 b[NT][4];
+            columns.fetch(b, block);
+#pragma unroll
+            for (int u = 0; u < TOGETHER; ++u) {
+                if (u >= together) break;
+                u32 a[32];
+                reader.decode(a);
+#pragma unroll
+                for (int n = 0; n < NT; ++n)
+#pragma unroll
+                    for (int s = 0; s < 4; ++s) {
+                        multiply(c[u][n], a + 8 * s, b[n][s].x, b[n][s].y);
+                        multiply(c[u][n], a + 8 * s + 4, b[n][s].z, b[n][s].w);
+                    }
+                reader.advance();
+            }
+        }
+        float* mine = partial + warp * (NT * 8 * TOGETHER * 16);
+        const int row = lane >> 2, column = (lane & 3) * 2;
+        __syncthreads();  // the sums of the tiles before have been read
+#pragma unroll
+        for (int u = 0; u < TOGETHER; ++u)
+#pragma unroll
+            for (int n = 0; n < NT; ++n) {
+                float* at = mine + (n * 8 + column) * (TOGETHER * 16) + u * 16 + row;
+                at[0] = c[u][n][0];
+                at[TOGETHER * 16] = c[u][n][1];
+                at[8] = c[u][n][2];
+                at[TOGETHER * 16 + 8] = c[u][n][3];
+            }
+        __syncthreads();
+        for (int k = threadIdx.x; k < shape.batch * TOGETHER * 16; k += NW * 32) {
+            const int out = tile * 16 + k % (TOGETHER * 16), n = k / (TOGETHER * 16);
+            if (out >= min(shape.rows, last_tile * 16)) continue;
+            float sum = 0.0f;
+#pragma unroll
+            for (int w = 0; w < NW; ++w) sum += partial[w * (NT * 8 * TOGETHER * 16) + k];
+            if (shape.slabs == 1)
+                finish(y, sum, scales, bias, out, n, shape);
+            else
+                __stcg(&sums[((u64)slab * shape.batch + n) * shape.rows + out], sum);
+        }
+    }
+    wait<0>();
+    if (shape.slabs == 1) return;
+    // Whoever is last of the slabs of these rows adds up, always in the same order.
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) arrived = atomicAdd(&counters[group], 1u);
+    __syncthreads();
+    if (arrived != (u32)shape.slabs - 1) return;
+    __threadfence();
+    const int begin = first_tile * 16, height = min(shape.rows, last_tile * 16) - begin;
+    for (int k = threadIdx.x; k < shape.batch * height; k += NW * 32) {
+        const int out = begin + k % height, n = k / height;
+        float sum = 0.0f;
+        for (int s = 0; s < shape.slabs; ++s) sum += __ldcg(&sums[((u64)s * shape.batch + n) * shape.rows + out]);
+        finish(y, sum, scales, bias, out, n, shape);
+    }
+    if (threadIdx.x == 0) counters[group] = 0;
+}
+
+// W itself, (rows, 128 · blocks), row by row.
+extern "C" __global__ void __launch_bounds__(NW * 32, 1)
+phx_expand(const unsigned char* values, const uint2* bitmaps, const u32* headers, const int4* warps, u16* dense,
+           Shape shape) {
+    extern __shared__ __align__(128) unsigned char memory[];
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const int group = blockIdx.x % shape.groups, slab = blockIdx.x / shape.groups;
+    Reader reader;
+    reader.start(warps[blockIdx.x * NW + warp], values, bitmaps, headers, shared_address(memory + warp * WARP_BYTES));
+    const int first_tile = (int)((u64)shape.tiles * group / shape.groups);
+    const int last_tile = (int)((u64)shape.tiles * (group + 1) / shape.groups);
+    const Share share(slab, shape);
+    for (int some = first_tile; some < last_tile; some += TOGETHER) {
+        const int first = share.first(warp, some), last = share.first(warp + 1, some);
+        const int together = min(TOGETHER, last_tile - some);
+        for (int step = 0; step < (last - first) * together; ++step) {
+            const int block = first + step / together, tile = some + step % together;
+            u32 a[32];
+            reader.decode(a);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = tile * 16 + half * 8 + (lane >> 2);
+                if (row < shape.rows) {
+                    uint4* to = (uint4*)(dense + (u64)row * (shape.blocks * COLUMNS) + block * COLUMNS + (lane & 3) * 16);
+#pragma unroll
+                    for (int s = 0; s < 4; ++s) {
+                        const u32* from = a + 8 * s + half;
+                        to[s % 2 + s / 2 * 8] = make_uint4(from[0], from[2], from[4], from[6]);
+                    }
+                }
+            }
+            reader.advance();
+        }
+    }
+    wait<0>();
+}
