@@ -42,7 +42,7 @@ OPTIONS = {
     "unpack": ["--out"],
     "generate": ["--max-new-tokens", "--dtype", "--device"],
     "bench": [
-        *("--batch", "--prompt", "--tokens", "--repeats", "--layers", "--values", "--threads", "--out"),
+        *("--batch", "--prompt", "--tokens", "--repeats", "--layers", "--training", "--values", "--threads", "--out"),
         *("--dtype", "--device"),
     ],
 }

@@ -46,6 +46,19 @@ def test_bench_writes_its_record(sparse, tmp_path):
     record = json.loads((tmp_path / "bench.json").read_text())
     assert record["weight_bytes"]["sparse"] < record["weight_bytes"]["dense"]
     assert record["host"]["cores"] > 0
+    assert "training" not in record
+
+
+def test_bench_measures_training(sparse, tmp_path):
+    options = ["--batch", 2, "--prompt", 8, "--tokens", 2, "--repeats", 2]
+    done = phx("bench", sparse, *options, "--training", "--out", tmp_path / "bench.json")
+    assert done.exit_code == 0, done.output
+    assert "fine-tuning, LoRA of rank 32 on all linears" in done.output
+    (row,) = json.loads((tmp_path / "bench.json").read_text())["training"]
+    for way in ("dense", "masked"):
+        found = row["samples_per_second"][way]
+        assert 0 < found["low"] <= found["median"] <= found["high"]
+        assert row["tokens_per_second"][way]["median"] == pytest.approx(8 * found["median"])
 
 
 @pytest.mark.parametrize(

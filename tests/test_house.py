@@ -21,11 +21,11 @@ FLOORS = [
     ["cerebras", "report", "demo"],
     ["recipe"],
     ["runs", "steps"],
-    ["plan", "pipeline", "levels", "shrinking"],
-    ["sweep", "comparing"],
+    ["plan", "pipeline", "levels", "shrinking", "training_speed"],
+    ["sweep", "comparing", "cerebras_runs"],
     ["console"],
     ["commands"],
-    ["prune_forms", "cli_runtime", "cli_sweep"],
+    ["prune_forms", "cli_runtime", "cli_sweep", "cli_cerebras"],
     ["cli"],
 ]
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}

@@ -87,13 +87,17 @@ def bench(
     tokens: Annotated[int, typer.Option(min=1, help="tokens decoded after it")] = 32,
     repeats: Annotated[int, typer.Option(min=2, help="of each measurement")] = 5,
     layers: Annotated[bool, typer.Option("--layers", help="measure single linears too")] = False,
+    training: Annotated[bool, typer.Option("--training", help="measure steps of fine-tuning too")] = False,
     values: ValuesName = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="of the CPU; torch's own number unless given")] = None,
     dtype: DtypeName = "auto",
     device: DeviceName = "auto",
     out: Annotated[Path | None, typer.Option(help="write bench.json here", show_default=False)] = None,
 ) -> None:
-    """Measure tokens per second of prefill and decode, dense against sparse, in turns within one process."""
+    """Measure tokens per second of prefill and decode, dense against sparse, in turns within one process.
+
+    With --training also samples per second of fine-tuning, through the mask against a plain LoRA.
+    """
     from phoenix_sparse.console import OUT, showing
     from phoenix_sparse.files import write_json
     from phoenix_sparse.models import find_model
@@ -103,6 +107,7 @@ def bench(
     from phoenix_sparse.runtime.bench import measure
     from phoenix_sparse.runtime.packing import check_values
     from phoenix_sparse.steps import Common
+    from phoenix_sparse.training_speed import measure_training
 
     options, chosen = check(Common, {"dtype": dtype, "device": device}, "options"), check_values(values)
     batches = batch or [1, 4, 16]
@@ -122,6 +127,16 @@ def bench(
             device=options.device,
             progress=show.progress,
         )
+        if training:
+            record["training"] = measure_training(
+                find_model(model),
+                batches=batches,
+                length=prompt,
+                repeats=repeats,
+                dtype=options.dtype,
+                device=options.device,
+                progress=show.progress,
+            )
     record["host"] = host()
     for table in bench_tables(record):
         OUT.print(table)

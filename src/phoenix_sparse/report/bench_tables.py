@@ -10,8 +10,10 @@ if TYPE_CHECKING:
 
 
 def bench_tables(record: Mapping[str, Any]) -> list["Table"]:
-    """Tokens per second by batch size, and single linears where they were measured."""
+    """Tokens per second by batch size, and training and single linears where they were measured."""
     tables = [_throughput(record)]
+    if record.get("training"):
+        tables.append(_training(record))
     return [*tables, _layers(record)] if record["layers"] else tables
 
 
@@ -42,6 +44,31 @@ def _throughput(record: Mapping[str, Any]) -> "Table":
                 Text(_spread(found["sparse"])),
                 Text(f"{row[phase]['ratio']:.2f}x", style="bold"),
             )
+    return table
+
+
+def _training(record: Mapping[str, Any]) -> "Table":
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = record["training"]
+    table = Table(
+        title=Text(f"fine-tuning, LoRA of rank {rows[0]['rank']} on all linears, {rows[0]['length']} tokens a sample"),
+        title_justify="left",
+        caption=Text("samples a second: median [quartiles]; dense: the mask taken off, the zeros lost at the merge"),
+        caption_justify="left",
+    )
+    for heading in ("batch", "dense", "masked", "masked / dense", "peak memory, dense", "masked"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        found, peaks = row["samples_per_second"], row["peak_bytes"]
+        table.add_row(
+            str(row["batch"]),
+            Text(_spread(found["dense"])),
+            Text(_spread(found["masked"])),
+            Text(f"{row['ratio']:.2f}x", style="bold"),
+            *("–" if peaks[way] is None else size(peaks[way]) for way in ("dense", "masked")),
+        )
     return table
 
 

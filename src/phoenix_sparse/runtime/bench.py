@@ -41,6 +41,10 @@ class Spread:
         low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
         return cls(middle, low, high)
 
+    def rate(self, count: int) -> "Spread":
+        """So many things a second."""
+        return Spread(count / self.median, count / self.high, count / self.low)
+
 
 def in_turns(work: Mapping[str, Work], repeats: int, device: torch.device) -> dict[str, list[float]]:
     """Time each piece of work once a repeat, in an order that turns round, after one run of each to warm up."""
@@ -221,17 +225,13 @@ def throughput(
             found = seconds[phase]
             ratios = [dense / sparse for dense, sparse in zip(found["dense"], found["sparse"], strict=True)]
             row[phase] = {
-                "tokens_per_second": {form: asdict(_rate(count, Spread.of(found[form]))) for form in found},
+                "tokens_per_second": {form: asdict(Spread.of(found[form]).rate(count)) for form in found},
                 "ratio": statistics.median(ratios),
             }
         rows.append(row)
         if progress is not None:
             progress("batch size", number + 1, len(batches))
     return rows
-
-
-def _rate(count: int, seconds: Spread) -> Spread:
-    return Spread(count / seconds.median, count / seconds.high, count / seconds.low)
 
 
 def _generate(model: Any, ids: Tensor, tokens: int, device: torch.device) -> tuple[dict[str, float], int | None]:
