@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from phoenix_sparse import cli_runtime, cli_sweep
+from phoenix_sparse import cli_cerebras, cli_runtime, cli_sweep
 from phoenix_sparse.commands import SeveralValues, named_task, refuse_existing, say, set_up, workplace
 from phoenix_sparse.errors import PhoenixError
 
@@ -366,8 +366,8 @@ def shrink(
     )
 
 
-app.add_typer(cli_runtime.app)
-app.add_typer(cli_sweep.app)
+for part in (cli_runtime, cli_sweep, cli_cerebras):
+    app.add_typer(part.app)
 
 
 def main() -> None:
