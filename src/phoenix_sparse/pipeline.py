@@ -60,6 +60,8 @@ def run(
         this.describe(model={"path": recipe.model, "sha256": sha256(model)}, task=task.record(), texts=texts)
         if also:
             this.describe(also={other.name: other.record() for other in also})
+        if (teacher := _teacher_directory(recipe)) is not None:
+            this.describe(teacher={"path": str(teacher), "sha256": sha256(teacher)})
 
         # 1. Adaptive sparsity initialisation: which weights can the task do without?
         this.stage(
@@ -68,8 +70,13 @@ def run(
         )
 
         # 2. Sparsity-aware fine-tuning through the mask, and the search for the best sub-adapter.
-        this.stage("finetune", lambda: _finetune(this, recipe, task, machine), together=True)
-        this.stage("search", lambda: _search(this, recipe, task, machine))
+        distill = recipe.finetune.distill
+        first = ("dense_lora",) if distill is not None and distill.teacher == "dense_lora" else ()
+        for baseline in first:  # the teacher comes before what learns from it
+            action = partial(_baseline, this, recipe, task, machine, model, baseline, also)
+            this.stage(f"baseline {baseline}", action, together=True)
+        this.stage("finetune", lambda: _finetune(this, recipe, task, machine, model), together=True)
+        this.stage("search", lambda: _search(this, recipe, task, machine), together=True)
 
         # 3. The merge, which keeps every zero, and its certificate.
         this.stage("merge", lambda: _merge(this, recipe, task, machine))
@@ -79,7 +86,7 @@ def run(
             "evaluate",
             lambda: steps.evaluate(this.path("merged"), task, recipe.evaluate, this.directory, machine, also),
         )
-        for baseline in recipe.evaluate.baselines:
+        for baseline in (name for name in recipe.evaluate.baselines if name not in first):
             action = partial(_baseline, this, recipe, task, machine, model, baseline, also)
             this.stage(f"baseline {baseline}", action, together=baseline == "dense_lora")
         this.stage("flops", lambda: _flops(this, recipe))
@@ -118,11 +125,42 @@ def prepare_all(recipe: Recipe) -> tuple[Path, Task, list[Task]]:
     require_fit(empty_model(load_config(model)), recipe.sparsify)
     steps.require_targets(model, recipe.finetune)
     steps.require_trackers(recipe.finetune)
+    _require_teacher(recipe, model)
+    if recipe.finetune.evolve is not None and recipe.sparsify.pattern != "unstructured":
+        raise PhoenixError(
+            f"finetune.evolve: single weights change places, which would break sparsify.pattern="
+            f"{recipe.sparsify.pattern}; use unstructured, or leave evolve out"
+        )
     for one in (task, *also):
         steps.require_room(
             model, one, recipe.evaluate.perplexity, recipe.evaluate.split if one in also else "validation"
         )
     return model, task, also
+
+
+def _teacher_directory(recipe: Recipe) -> Path | None:
+    """The model that a recipe gives a directory of to learn from."""
+    distill = recipe.finetune.distill
+    return None if distill is None or distill.teacher in steps.OF_A_RUN else Path(distill.teacher)
+
+
+def _require_teacher(recipe: Recipe, model: Path) -> None:
+    """Refuse a teacher that isn't there or doesn't fit, and one whose own training has no learning rate."""
+    distill, directory = recipe.finetune.distill, _teacher_directory(recipe)
+    if distill is None:
+        return
+    if directory is not None:
+        if not directory.is_dir():
+            raise PhoenixError(
+                f"finetune.distill.teacher: {directory} is no directory; give dense_lora, dense or a model's directory"
+            )
+        steps.require_alike(load_config(directory), load_config(model), distill, str(directory))
+    rate = recipe.evaluate.dense_lora_learning_rate
+    if distill.teacher == "dense_lora" and recipe.finetune.method == "full" and rate is None:
+        raise PhoenixError(
+            "evaluate.dense_lora_learning_rate: the teacher is an adapter, whose rate isn't that of method: full; "
+            "give it its own, such as 3e-4"
+        )
 
 
 def model_directory(name: str) -> Path:
@@ -150,31 +188,31 @@ def _texts(recipe: Recipe) -> dict[str, str]:
     return {str(file): sha256(file) for file in files if file is not None}
 
 
-def _masks(this: Run) -> steps.Masks:
-    return steps.read_masks(this.path("masks.safetensors"))
+def _masks(this: Run, recipe: Recipe) -> steps.Masks:
+    """The masks of the result: those of the pruning, or those that fine-tuning made of them."""
+    return steps.read_masks(this.path("masks.safetensors" if recipe.finetune.evolve is None else steps.EVOLVED))
 
 
-def _through(this: Run, recipe: Recipe) -> steps.Masks | None:
-    """The masks that the adapter sees."""
-    return _masks(this) if recipe.finetune.mode == "sparse_to_sparse" else None
-
-
-def _finetune(this: Run, recipe: Recipe, task: Task, machine: Machine) -> list[str]:
+def _finetune(this: Run, recipe: Recipe, task: Task, machine: Machine, model: Path) -> list[str]:
+    through = recipe.finetune.mode == "sparse_to_sparse"
+    teachers = {"dense": model, "dense_lora": this.path("baselines/dense_lora/merged")}
+    distill = recipe.finetune.distill
     return steps.tune(
         this.path("sparse"),
-        _through(this, recipe),
+        steps.read_masks(this.path("masks.safetensors")) if through else None,
         task,
         recipe.finetune,
         this.directory,
         machine,
         work=this.work("finetune"),
+        teacher=teachers.get(distill.teacher) if distill is not None else None,
     )
 
 
 def _search(this: Run, recipe: Recipe, task: Task, machine: Machine) -> list[str]:
     return steps.search(
         this.path("sparse"),
-        _through(this, recipe),
+        _masks(this, recipe) if recipe.finetune.mode == "sparse_to_sparse" else None,
         task,
         this.path("adapter/super"),
         recipe.search,
@@ -189,7 +227,7 @@ def _merge(this: Run, recipe: Recipe, task: Task, machine: Machine) -> list[str]
     examples = (task.validation or task.train)[: recipe.evaluate.certificate_examples]
     return steps.merge(
         this.path("sparse"),
-        _masks(this),
+        _masks(this, recipe),
         this.path("adapter/chosen"),
         this.directory,
         machine,
@@ -217,7 +255,7 @@ def _train_dense(this: Run, recipe: Recipe, task: Task, machine: Machine, model:
     """A plain LoRA of the largest rank on the dense model, with the recipe's hyper-parameters, merged."""
     rate = recipe.evaluate.dense_lora_learning_rate or recipe.finetune.learning_rate
     changes: dict[str, Any] = {"mode": "sparse_to_dense", "method": "lora", "learning_rate": rate}
-    changes |= {"ranks": recipe.finetune.largest_ranks, "sampling": "uniform"}
+    changes |= {"ranks": recipe.finetune.largest_ranks, "sampling": "uniform", "distill": None, "evolve": None}
     settings = recipe.finetune.model_copy(update=changes)
     work = this.work("baseline dense_lora")
     written = steps.tune(model, None, task, settings, out, machine, adapter="adapter", work=work)
@@ -227,7 +265,7 @@ def _train_dense(this: Run, recipe: Recipe, task: Task, machine: Machine, model:
 def _flops(this: Run, recipe: Recipe) -> list[str]:
     """Sparse where the merged model is: a dense merge has filled the zeros."""
     filled = recipe.finetune.mode == "sparse_to_dense" and recipe.finetune.dense_merge == "dense"
-    return steps.flops(this.path("merged"), None if filled else _masks(this), recipe.evaluate, this.directory)
+    return steps.flops(this.path("merged"), None if filled else _masks(this, recipe), recipe.evaluate, this.directory)
 
 
 def _report(this: Run) -> list[str]:

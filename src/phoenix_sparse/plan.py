@@ -45,7 +45,9 @@ def estimate(recipe: Recipe, directory: Path, task: Task) -> dict[str, Any]:
     width = _width(config, recipe, device)
     layers = prunable_linears(model)
     adapted = target_linears(model, recipe.finetune.targets)
-    full, with_baseline = recipe.finetune.method == "full", "dense_lora" in recipe.evaluate.baselines
+    distill = recipe.finetune.distill
+    baselines = {*recipe.evaluate.baselines} | ({"dense_lora"} & {distill.teacher if distill is not None else ""})
+    full, with_baseline = recipe.finetune.method == "full", "dense_lora" in baselines
     # Trained weights have no ranks, but the baseline beside them does.
     space = spaces(adapted, recipe.finetune.ranks) if with_baseline or not full else {}
     ranks = largest(space)
@@ -65,6 +67,14 @@ def estimate(recipe: Recipe, directory: Path, task: Task) -> dict[str, Any]:
         "weight buffer": 2 * width * max(layer.weight.numel() for layer in layers.values()),
         "activations": _activations(config, recipe, _tokens_at_once(recipe, tokens, longest), width),
     }
+    if distill is not None:
+        states = width * config.hidden_size * config.num_hidden_layers if distill.hidden else 0
+        at_once = _tokens_at_once(recipe, tokens, longest)
+        memory["teacher"] = weights + at_once * (states + (width + 12) * config.vocab_size)
+    if recipe.finetune.evolve is not None:  # bits, and the sum of a step's gradients where it has several parts
+        moving = sum(layer.weight.numel() for layer in adapted.values())
+        parts = recipe.finetune.passes * recipe.finetune.batch_size // recipe.finetune.micro_batch
+        memory["evolving masks"] = moving // 8 + (width * moving if parts > 1 else 0)
     memory["in all"] = sum(memory.values())
     # Two checkpoints, the best weights of each of their validation curves, and of the present one.
     checkpoints = 2 * 12 * adapter + (3 * 4 * adapter if recipe.finetune.validate_every else 0)
@@ -79,6 +89,8 @@ def estimate(recipe: Recipe, directory: Path, task: Task) -> dict[str, Any]:
     size = {"sequence_length": tokens, "sequences_per_step": recipe.finetune.batch_size}
     counted = count_training_flops(model, dict.fromkeys(adapted, 1) if full else ranks, **size)
     step = recipe.finetune.passes * (counted["total"] - (counted["adapter_products"] if full else 0))
+    if distill is not None:  # the teacher's forward pass beside each of the student's
+        step += recipe.finetune.passes * counted["total"] / 3
     # The baseline's ranks are fixed, and its steps one pass each.
     beside = count_training_flops(model, ranks, **size)["total"] if with_baseline else 0
     steps = math.ceil(examples / recipe.finetune.batch_size)
@@ -104,7 +116,7 @@ def estimate(recipe: Recipe, directory: Path, task: Task) -> dict[str, Any]:
             "FLOP/s measured here": rate,
         },
         "evaluation": {
-            "models on the test split": 1 + len(recipe.evaluate.baselines),
+            "models on the test split": 1 + len(baselines),
             "sub-adapters on the validation split": 1
             if full or is_fixed(space)
             else 1 + 2 * search.bounds + search.hill_climb + search.nsga2,

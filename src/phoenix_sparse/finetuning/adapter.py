@@ -17,7 +17,7 @@ from phoenix_sparse.files import atomic_path, read_json
 from phoenix_sparse.finetuning.elastic import Ranks, Space, Spaces, largest
 from phoenix_sparse.finetuning.elastic_linear import ADAPTER, ElasticLinear, write_out
 from phoenix_sparse.finetuning.settings import Method, ScaleRule
-from phoenix_sparse.masks import Masks, check_fit, masks_sha256
+from phoenix_sparse.masks import Masks, apply_masks, check_fit, masks_sha256
 from phoenix_sparse.models import LIBRARY_ERRORS, prunable_linears
 
 RECORD = "phoenix.json"
@@ -158,13 +158,16 @@ def adapter_parameters(model: PeftModel, ranks: Ranks) -> int:
     return sum(rank * sum(layers[name].weight.shape) for name, rank in ranks.items())
 
 
-def save_adapter(model: PeftModel, directory: Path, masks: Masks | None, space: Space | None = None) -> None:
+def save_adapter(
+    model: PeftModel, directory: Path, masks: Masks | None, space: Space | None = None, *, evolved: bool = False
+) -> None:
     """Write the present sub-adapter in PEFT's format, with the hash of the mask that it was trained through.
 
     Every layer's factors are cut to its rank, and `rank_pattern` and `alpha_pattern` say so: stock PEFT loads it with
     the same update, but without the mask, which is what `phoenix.json` is there to tell. HiRA's update is whole in
     stock PEFT, too, which knows neither a scale nor ranks by layer for it: B has the scale in it, factors are filled up
-    with zeros, and `phoenix.json` has the ranks. A super-adapter's record holds the space of its ranks, too.
+    with zeros, and `phoenix.json` has the ranks. A super-adapter's record holds the space of its ranks, too. Where the
+    mask has `evolved`, the adapter's base is the pruned model under that mask: `load_adapter` makes it of the former.
     """
     from safetensors.torch import save_file
 
@@ -201,7 +204,7 @@ def save_adapter(model: PeftModel, directory: Path, masks: Masks | None, space: 
         "masks_sha256": masks_sha256(masks) if masks is not None else None,
         "method": first.method,
         "scale_rule": first.scale_rule,
-    }
+    } | ({"evolved": True} if evolved else {})
     if space:
         record["space"] = {n: list(r) for n, r in space.items()} if isinstance(space, Mapping) else list(space)
     if hira:
@@ -241,6 +244,11 @@ def is_masked(directory: Path) -> bool:
     return bool(_read_record(directory)["masked"])
 
 
+def has_evolved(directory: Path) -> bool:
+    """Whether an adapter's masks are others than those of the model that it was trained on."""
+    return bool(_read_record(directory).get("evolved"))
+
+
 def adapter_space(directory: Path) -> Space:
     """The ranks that a super-adapter was trained with, the largest first: of all layers, or by layer."""
     space = _read_record(directory).get("space")
@@ -251,6 +259,8 @@ def adapter_space(directory: Path) -> Space:
 
 def load_adapter(model: Any, directory: Path, masks: Masks | None) -> PeftModel:
     """Put a saved adapter on a model, masked as it was trained.
+
+    Where the mask evolved, what it dropped of the model's weights becomes zero.
 
     Raises:
         PhoenixError: files are missing or damaged, the adapter was trained through other masks, or it has
@@ -268,6 +278,8 @@ def load_adapter(model: Any, directory: Path, masks: Masks | None) -> PeftModel:
             raise PhoenixError(
                 f"adapter: {directory} was trained through other masks than these; give the ones of its run"
             )
+    if masks is not None and record.get("evolved"):
+        apply_masks(masks, prunable_linears(model))
     kind, _ = PEFT_NAMES[record["method"]]
     try:
         if config["peft_type"] != kind:

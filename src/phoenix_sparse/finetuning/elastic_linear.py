@@ -1,5 +1,6 @@
 """A linear with an elastic low-rank update, as PEFT's LoRA holds it: masked, dense, or multiplied with the weight."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ class ElasticLinear(lora.Linear):
         self.method: Method = "lora"
         self.scale_rule: ScaleRule = "fixed"
         self.written_out: Tensor | None = None
+        # Of a mask that evolves (`evolve.MovingMask`): what it is, and who sees the weight's gradient.
+        self.moving: Any = None
+        self.collect: Callable[[Tensor], None] | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -95,7 +99,7 @@ class ElasticLinear(lora.Linear):
             return functional.linear(x.to(self.written_out.dtype), self.written_out, base.bias)
         gate = self.gate
         if gate is not None:
-            return masked_linear(x, base.weight, base.bias, gate, a, b, self.scale)
+            return masked_linear(x, base.weight, base.bias, gate, a, b, self.scale, self.collect)
         low = functional.linear(self.lora_dropout[ADAPTER](x), a.to(x.dtype))
         return base(x) + functional.linear(low, (b * self.scale).to(x.dtype))
 

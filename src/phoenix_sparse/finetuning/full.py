@@ -10,6 +10,7 @@ weight decay multiplies a zero: the weights off the mask are zero after every st
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,15 @@ class TrainedLinear(nn.Linear):
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         self.compute_dtype = linear.weight.dtype
         self.register_buffer("mask", mask.to(linear.weight.device), persistent=False)
+        # Of a mask that evolves (`evolve.MovingMask`): what it is, and who sees the weight's gradient.
+        self.moving: Any = None
+        self.collect: Callable[[Tensor], None] | None = None
         weight = linear.weight.detach().to(torch.float32)
         self.weight = nn.Parameter(weight.masked_fill(~self.mask, 0))
 
     def forward(self, x: Tensor) -> Tensor:
         """y = x · round(W)ᵀ + bias, (..., out), in the model's dtype."""
-        result: Tensor = _TrainedWeight.apply(x.to(self.compute_dtype), self.weight, self.mask, self.bias)
+        result: Tensor = _TrainedWeight.apply(x.to(self.compute_dtype), self.weight, self.mask, self.bias, self.collect)
         return result
 
     @property
@@ -54,10 +58,17 @@ class _TrainedWeight(torch.autograd.Function):
     """Saves x alone: the rounded weight is made again for the backward pass, and is never kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        mask: Tensor,
+        bias: Tensor | None,
+        collect: Callable[[Tensor], None] | None,
+    ) -> Tensor:
         ctx.save_for_backward(x)
         # They are the model's own and stay where they are: as attributes they are neither copied nor offloaded.
-        ctx.weight, ctx.mask = weight, mask
+        ctx.weight, ctx.mask, ctx.collect = weight, mask, collect
         with torch.autocast(x.device.type, enabled=False):
             return functional.linear(x, weight.to(x.dtype), bias)
 
@@ -70,8 +81,10 @@ class _TrainedWeight(torch.autograd.Function):
                 grad_x = grad @ ctx.weight.to(x.dtype)
             if ctx.needs_input_grad[1]:
                 grad_weight = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+                if ctx.collect is not None:
+                    ctx.collect(grad_weight)
                 grad_weight = grad_weight.to(torch.float32).mul_(ctx.mask)
-        return grad_x, grad_weight, None, None
+        return grad_x, grad_weight, None, None, None
 
 
 def train_weights(model: Any, masks: Masks, targets: tuple[str, ...] | None = None) -> Any:

@@ -17,7 +17,9 @@ from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import read_json, write_json
 from phoenix_sparse.finetuning.adapter import set_ranks
 from phoenix_sparse.finetuning.batching import Batch, Collate, Row, rows_of
+from phoenix_sparse.finetuning.distill import Teacher
 from phoenix_sparse.finetuning.elastic import Ranks
+from phoenix_sparse.finetuning.evolve import Evolution
 from phoenix_sparse.finetuning.memory import AtOnce, is_full
 from phoenix_sparse.finetuning.stopping import Best, validation_loss
 from phoenix_sparse.finetuning.trained import read_tensors, trained_tensors, write_tensors
@@ -39,6 +41,8 @@ class StepTrainer(Trainer):
     passes: int
     collate: Collate
     at_once: AtOnce
+    teacher: Teacher | None = None
+    evolution: Evolution | None = None
     _step = -1
     _inputs: list[Batch]
 
@@ -65,7 +69,7 @@ class StepTrainer(Trainer):
         while True:
             full = False
             try:
-                losses = [self._passes(model, one, num_items_in_batch) for one in pending]
+                losses = [self._passes(model, one, num_items_in_batch, one is pending[-1]) for one in pending]
                 return losses[-1]
             except RuntimeError as error:
                 if not is_full(error):
@@ -73,11 +77,13 @@ class StepTrainer(Trainer):
                 full = True
             if full:  # outside of the handler, which holds on to what the failed pass had computed
                 model.zero_grad(set_to_none=True)
+                if self.evolution is not None:
+                    self.evolution.forget()
                 longest = max(len(row["input_ids"]) for one in self._inputs for row in rows_of(one))
                 self.at_once.halve(self._step, longest, self.accelerator.num_processes)
                 pending = self._inputs
 
-    def _passes(self, model: Any, inputs: Batch, items: Any) -> Tensor:
+    def _passes(self, model: Any, inputs: Batch, items: Any, newest: bool) -> Tensor:
         """All parts and all sub-adapters; a backward pass, which may recompute the forward, ends before the ranks
         change. Gives the sum of the losses, which are shares of the step's."""
         work = [(ranks, part) for ranks in self.draws(self._step) for part in self._parts(inputs)]
@@ -85,6 +91,10 @@ class StepTrainer(Trainer):
         for ranks, part in work:
             if self.adapted is not None:
                 set_ranks(self.adapted, ranks)
+            if self.evolution is not None:
+                last = newest and len(losses) == len(work) - 1
+                last = last and len(self._inputs) == self.args.gradient_accumulation_steps
+                self.evolution.watch(self._step + 1, last=last and self.accelerator.num_processes == 1)
             # Processes exchange their gradients once, after the last pass.
             with nullcontext() if len(losses) == len(work) - 1 else self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, part, items))
@@ -97,8 +107,19 @@ class StepTrainer(Trainer):
         rows = rows_of(inputs)
         return [self.collate(rows[start : start + size]) for start in range(0, len(rows), size)]
 
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        loss: Any = super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        assert not return_outputs, "validation is ours, and nothing else asks for outputs"
+        loss: Any
+        if self.teacher is None:
+            loss = super().compute_loss(model, {**inputs, "use_cache": False}, False, num_items_in_batch)
+        else:
+            asked = {**inputs, **self.teacher.asks, "use_cache": False}
+            loss, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
+            # As the Trainer's own loss: a share of the mean over all processes, whose gradients are averaged.
+            learnt = self.teacher.loss(outputs, inputs) / num_items_in_batch * self.accelerator.num_processes
+            loss = self.teacher.settings.task * loss + learnt
         return loss if self.passes == 1 else loss / self.passes
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -116,8 +137,8 @@ class MarkComplete(TrainerCallback):
     It also holds what a training that goes on from there has to know: halved micro-batches, the validation curve.
     """
 
-    def __init__(self, at_once: AtOnce, best: Best) -> None:
-        self.at_once, self.best = at_once, best
+    def __init__(self, at_once: AtOnce, best: Best, evolution: Evolution | None) -> None:
+        self.at_once, self.best, self.evolution = at_once, best, evolution
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         PartialState().wait_for_everyone()
@@ -125,8 +146,23 @@ class MarkComplete(TrainerCallback):
             return
         work = Path(args.output_dir)
         record = {"step": state.global_step, "halvings": self.at_once.halvings, "validation": self.best.curve}
+        if self.evolution is not None:
+            record["changes"] = self.evolution.changes
         write_json(work / f"checkpoint-{state.global_step}" / COMPLETE, record)
         self.best.forget_others(read_json(path)["validation"] for path in work.glob(f"checkpoint-*/{COMPLETE}"))
+
+
+class Evolve(TrainerCallback):
+    """Change the mask after the optimizer's step; before the checkpoint of that step, and before its validation."""
+
+    def __init__(self, trainer: StepTrainer, evolution: Evolution) -> None:
+        self.trainer, self.evolution = trainer, evolution
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        accelerator = self.trainer.accelerator
+        self.evolution.change(
+            state.global_step, self.trainer.optimizer, lambda gradient: accelerator.reduce(gradient, "sum")
+        )
 
 
 class Validate(TrainerCallback):

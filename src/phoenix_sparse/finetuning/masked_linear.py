@@ -7,6 +7,7 @@ size; between them work the kernels of `fused` on a GPU, and plain PyTorch elsew
 lives at a time, and the allocator gives the same memory to every layer of that size.
 """
 
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -64,7 +65,14 @@ def effective_weight(weight: Tensor, gate: Tensor | None, a: Tensor, b: Tensor, 
 
 
 def masked_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, a: Tensor, b: Tensor, scale: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    collect: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """x · (W + G⊙(s·BA))ᵀ + bias, with gradients for x, A and B; W, G and the bias are frozen.
 
@@ -72,21 +80,30 @@ def masked_linear(
         x: (..., in); computed in W's dtype.
         weight, gate, a, b, scale: as in `effective_weight`.
         bias: (out,) or None.
+        collect: is shown the effective weight's gradient in the backward pass, (out, in), before it is used up.
 
     Returns:
         (..., out), in W's dtype.
     """
-    return _MaskedLinear.apply(x.to(weight.dtype), weight, bias, gate, a, b, scale)
+    return _MaskedLinear.apply(x.to(weight.dtype), weight, bias, gate, a, b, scale, collect)
 
 
 class _MaskedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, a: Tensor, b: Tensor, scale: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gate: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        collect: Callable[[Tensor], None] | None,
     ) -> Tensor:
         ctx.save_for_backward(x, a, b)
         # W and G are the model's own and stay where they are: as attributes they are neither copied nor offloaded.
-        ctx.weight, ctx.gate, ctx.scale = weight, gate, scale
+        ctx.weight, ctx.gate, ctx.scale, ctx.collect = weight, gate, scale, collect
         with torch.autocast(x.device.type, enabled=False):
             return functional.linear(x, effective_weight(weight, gate, a, b, scale), bias)
 
@@ -100,8 +117,10 @@ class _MaskedLinear(torch.autograd.Function):
                 grad_x = grad @ effective_weight(ctx.weight, ctx.gate, a, b, ctx.scale)
             if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
                 grad_weight = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+                if ctx.collect is not None:
+                    ctx.collect(grad_weight)
                 grad_a, grad_b = _factor_gradients(grad_weight, ctx.weight, ctx.gate, a, b, ctx.scale)
-        return grad_x, None, None, None, grad_a, grad_b, None
+        return grad_x, None, None, None, grad_a, grad_b, None, None
 
 
 def _factor_gradients(

@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from phoenix_sparse.finetuning.sections import DistillSettings, EvolveSettings
 from phoenix_sparse.settings import Settings
 
 Mode = Literal["sparse_to_sparse", "sparse_to_dense"]
@@ -82,6 +83,8 @@ class FinetuneSettings(Settings):
         description="where the training log goes besides tune.json: tensorboard (files in logs/), wandb, mlflow or "
         "another that accelerate knows; TensorBoard where it is installed unless given, [] for none",
     )
+    distill: DistillSettings | None = Field(None, description="learn from a dense model, too")
+    evolve: EvolveSettings | None = Field(None, description="let the mask change at constant sparsity")
 
     @field_validator("ranks", mode="before")
     @classmethod
@@ -109,6 +112,11 @@ class FinetuneSettings(Settings):
             raise ValueError("method: full trains the kept weights and no others; it goes with mode: sparse_to_sparse")
         if self.method == "full" and self.sampling == "sandwich":
             raise ValueError("sampling: sandwich draws ranks, and method: full has none; use sampling=uniform")
+        if self.evolve is not None and (self.method == "hira" or self.mode == "sparse_to_dense"):
+            raise ValueError(
+                "evolve: the update has to be zero off the mask and free on it; it goes with mode: sparse_to_sparse, "
+                "and with method: lora or full"
+            )
         if self.patience is not None and self.validate_every is None:
             raise ValueError("patience: nothing is validated; set validate_every too, or leave patience out")
         if self.batch_size % self.micro_batch:
@@ -140,6 +148,15 @@ class SearchSettings(Settings):
     nsga2: int = Field(0, ge=0, description="evaluations for Optuna's NSGA-II over (accuracy, adapter parameters)")
     population: int = Field(8, ge=2, description="NSGA-II's population")
     examples: int = Field(200, ge=1, description="validation examples to evaluate on, at most")
+    neighbours: int = Field(
+        1, ge=1, description="evaluated before hill climbing moves to the best of them; several processes share them"
+    )
+    pool: int = Field(
+        1,
+        ge=1,
+        description="neighbours drawn for each that is evaluated: those with the lowest loss on the validation "
+        "examples' completions, which one forward pass tells, are",
+    )
 
 
 def _largest_first(ranks: Any, where: str = "") -> tuple[int, ...]:

@@ -8,10 +8,14 @@ from torch import Tensor, nn
 
 from phoenix_sparse.errors import PhoenixError, first_line
 from phoenix_sparse.files import atomic_path
+from phoenix_sparse.finetuning.evolve import moving_masks
+from phoenix_sparse.finetuning.masked_linear import pack_mask, unpack_mask
+
+MASK = "mask"
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that train by name, on the CPU and whole, where processes hold a part of each.
+    """The parameters that train by name, on the CPU and whole, where processes hold a part of each; and moving masks.
 
     All processes have to call it together.
     """
@@ -20,7 +24,7 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
         if parameter.requires_grad:
             whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
             found[name] = whole.detach().cpu().contiguous()
-    return found
+    return found | {f"{name}.{MASK}": pack_mask(one.mask).cpu() for name, one in moving_masks(model).items()}
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -45,7 +49,9 @@ def read_tensors(model: nn.Module, path: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise PhoenixError(f"{path} can't be read ({first_line(error)}); begin the training anew") from error
     parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    masks = {f"{name}.{MASK}": one for name, one in moving_masks(model).items()}
     shapes = {name: one.shape for name, one in parameters.items()}
+    shapes |= {name: pack_mask(one.mask).shape for name, one in masks.items()}
     if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
         raise PhoenixError(f"{path} holds the weights of another training; begin the training anew")
     for name, parameter in parameters.items():
@@ -56,6 +62,8 @@ def read_tensors(model: nn.Module, path: Path) -> None:
             sharded: Any = parameter
             value = distribute_tensor(value, sharded.device_mesh, sharded.placements)
         parameter.copy_(value)
+    for name, one in masks.items():
+        one.put(unpack_mask(tensors[name].to(one.mask.device), one.mask.shape[1]))
 
 
 @torch.no_grad()

@@ -17,9 +17,11 @@ from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import read_json
 from phoenix_sparse.finetuning.adapter import adapter_parameters, elastic_layers, set_ranks
 from phoenix_sparse.finetuning.batching import Row, collator, micro_batches, require_separate, training_order
+from phoenix_sparse.finetuning.distill import Teacher
 from phoenix_sparse.finetuning.elastic import draw, largest, middle, sandwich, spaces
+from phoenix_sparse.finetuning.evolve import Evolution
 from phoenix_sparse.finetuning.full import trained_linears
-from phoenix_sparse.finetuning.loop import COMPLETE, MarkComplete, StepTrainer, Validate, Watch, lost
+from phoenix_sparse.finetuning.loop import COMPLETE, Evolve, MarkComplete, StepTrainer, Validate, Watch, lost
 from phoenix_sparse.finetuning.memory import AtOnce
 from phoenix_sparse.finetuning.settings import FinetuneSettings
 from phoenix_sparse.finetuning.stopping import Best
@@ -37,6 +39,7 @@ def train(
     seed: int,
     work: Path,
     validation: Sequence[Row] = (),
+    teacher: Any = None,
     logs: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -54,6 +57,7 @@ def train(
         seed: for the order of the examples and the draws of ranks.
         work: where checkpoints go; a complete one that lies there is gone on from.
         validation: tokenized examples, for `validate_every`; an elastic adapter has its middle ranks then.
+        teacher: the dense model to learn from, on the same device, for `distill`.
         logs: where trackers write their files.
         progress: called with (what, step, steps).
 
@@ -61,13 +65,15 @@ def train(
         `log` (step, epoch, loss, learning_rate, grad_norm), `steps` (done), `steps_planned`, `examples`, `tokens`,
         `seconds` (of this attempt), `resumed_from`, `peak_memory_bytes` (None on a CPU), `trainable_parameters`,
         `trackers`, `processes`, `micro_batch_size` (at the end), `out_of_memory` (the steps at which it was halved),
-        `validation` (None, or `curve`, `best_step`, `stopped_early` and `examples`), and what was trained: `method`,
-        `batching`, `sampling`, `scale` and `scale_rule` (None where the weights themselves train).
+        `validation` (None, or `curve`, `best_step`, `stopped_early` and `examples`), `distill` (its settings or None),
+        `changes` of a mask that evolves (step, share, replaced; or None), and what was trained: `method`, `batching`,
+        `sampling`, `scale` and `scale_rule` (None where the weights themselves train).
 
     Raises:
         PhoenixError: there are no examples to train or validate with, the processes can't share a batch evenly, ranks
-            are given to layers that there are not, a tracker isn't installed, the memory is full with one example at a
-            time, or the loss is no longer finite.
+            are given to layers that there are not, a tracker isn't installed, `distill` has no teacher, a mask that
+            evolves follows a pattern or is shared out over processes, the memory is full with one example at a time,
+            or the loss is no longer finite.
     """
     if not rows:
         raise PhoenixError(
@@ -75,6 +81,8 @@ def train(
         )
     if settings.validate_every is not None and not validation:
         raise PhoenixError("finetune.validate_every: no example to validate with; set task.validation above 0")
+    if settings.distill is not None and teacher is None:
+        raise PhoenixError("finetune.distill: no teacher; give its model")
     device = next(model.parameters()).device
     processes = PartialState(cpu=device.type == "cpu").num_processes
     lengths = [len(row["input_ids"]) for row in rows]
@@ -93,16 +101,26 @@ def train(
     known = read_json(checkpoint / COMPLETE) if checkpoint else {}
     at_once = AtOnce(max(len(batch) for batch in batches), known.get("halvings"))
     best = Best(work, settings.patience, known.get("validation"))
+    learner = adapted.get_base_model() if adapted is not None else model
+    evolution = None
+    if settings.evolve is not None:
+        evolution = Evolution(learner, settings.evolve, steps, known.get("changes"))
     with writing_to(logs, trackers):
         trainer = StepTrainer(
             # The Trainer has ideas of its own about PEFT models: what it saves of them, and how it shards them.
-            model=adapted.get_base_model() if adapted is not None else model,
+            model=learner,
             args=arguments,
             train_dataset=batches,  # type: ignore[arg-type]
             data_collator=lambda items: collate(items[0]),
         )
         trainer.adapted, trainer.passes = adapted, settings.passes
-        trainer.collate, trainer.at_once = collate, at_once
+        trainer.collate, trainer.at_once, trainer.evolution = collate, at_once, evolution
+        if settings.distill is not None:
+            trainer.teacher = Teacher(teacher, settings.distill)
+        if evolution is not None:
+            if trainer.is_fsdp_enabled:
+                raise PhoenixError("finetune.evolve: FSDP shares weights out, and a mask needs them whole; use DDP")
+            trainer.add_callback(Evolve(trainer, evolution))
         if adapted is None:
             trainer.draws = lambda _step: [{}]
         elif settings.sampling == "sandwich":
@@ -112,7 +130,7 @@ def train(
         trainer.remove_callback(PrinterCallback)
         if settings.validate_every is not None:
             trainer.add_callback(Validate(trainer, validation, settings.validate_every, middle(space), best))
-        trainer.add_callback(MarkComplete(at_once, best))
+        trainer.add_callback(MarkComplete(at_once, best, evolution))
         trainer.add_callback(Watch(progress, steps))
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -157,6 +175,8 @@ def train(
         "micro_batch_size": at_once.examples,
         "out_of_memory": at_once.halvings,
         "validation": None,
+        "distill": settings.distill.model_dump() if settings.distill is not None else None,
+        "changes": evolution.changes if evolution is not None else None,
         "method": settings.method,
         "batching": settings.batching,
     }

@@ -5,9 +5,20 @@ from phoenix_sparse.steps.evaluating import evaluate, flops, measure_perplexity,
 from phoenix_sparse.steps.machine import Common, Machine, read_masks
 from phoenix_sparse.steps.merging import SAMPLE_TEXTS, merge, merge_dense
 from phoenix_sparse.steps.sparsifying import calibrate, calibration_facts, open_blocks, sparsify
-from phoenix_sparse.steps.tuning import require_targets, require_trackers, require_validation, search, tune
+from phoenix_sparse.steps.tuning import (
+    EVOLVED,
+    OF_A_RUN,
+    require_alike,
+    require_targets,
+    require_trackers,
+    require_validation,
+    search,
+    tune,
+)
 
 __all__ = [
+    "EVOLVED",
+    "OF_A_RUN",
     "SAMPLE_TEXTS",
     "Common",
     "Machine",
@@ -21,6 +32,7 @@ __all__ = [
     "merge_dense",
     "open_blocks",
     "read_masks",
+    "require_alike",
     "require_room",
     "require_targets",
     "require_trackers",

@@ -85,7 +85,11 @@ def estimated_cost(sweep: Sweep) -> dict[str, float]:
 
 
 def _stages(recipe: Recipe) -> list[str]:
-    found = ["sparsify", *(f"baseline {name}" for name in recipe.evaluate.baselines)]
+    distill = recipe.finetune.distill
+    baselines = set(recipe.evaluate.baselines) | (
+        {"dense_lora"} if distill and distill.teacher == "dense_lora" else set()
+    )
+    found = ["sparsify", *(f"baseline {name}" for name in sorted(baselines))]
     return [*found, GRADIENTS] if recipe.sparsify.reads_gradients else found
 
 

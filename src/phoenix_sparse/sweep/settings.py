@@ -10,7 +10,10 @@ from phoenix_sparse.settings import Settings
 
 AXES = ("model", "task", "method", "sparsity", "mode", "seed")
 MODES = {"sparse_to_sparse": "s2s", "sparse_to_dense": "s2d"}
-SECTIONS = ("task", "sparsify", "calibration", "evolution", "finetune", "search", "evaluate", "perplexity")
+SECTIONS = (
+    *("task", "sparsify", "calibration", "evolution"),
+    *("finetune", "distill", "evolve", "search", "evaluate", "perplexity"),
+)
 Labelled = dict[str, dict[str, Any]]
 
 

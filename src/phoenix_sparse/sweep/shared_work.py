@@ -69,8 +69,9 @@ def inputs_of(stage: str, recipe: Recipe, manifest: Mapping[str, Any]) -> dict[s
     if stage == "baseline pruned":
         return sparsify | {"evaluate": evaluate, "task": task}
     if stage == "baseline dense_lora":
-        # It is a dense training whatever the run's own mode is; neither field reaches it.
-        finetune = {key: value for key, value in values["finetune"].items() if key not in ("mode", "dense_merge")}
+        # It is a dense training whatever the run's own mode is, and a teacher itself; these fields don't reach it.
+        foreign = ("mode", "dense_merge", "distill", "evolve")
+        finetune = {key: value for key, value in values["finetune"].items() if key not in foreign}
         rate = values["evaluate"]["dense_lora_learning_rate"]
         return common | {"evaluate": evaluate, "task": task, "finetune": finetune, "rate": rate}
     return None
