@@ -5,11 +5,20 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from tiny import make_model
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def as_torch_begins():
+    """A run in this process asks torch for determinism, which no other test is to inherit."""
+    torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 import gc
 import mmap
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,3 +35,27 @@ def test_it_keeps_its_shape_and_outlives_its_source():
 def test_small_tensors_stay_where_they_are():
     tensor = torch.randn(100)
     assert place(tensor) is tensor
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads the kernel's list of mappings")
+def test_the_copy_is_memory_that_can_have_huge_pages():
+    """Private, and asked for: memory that processes share gets none, unless the system is told to."""
+    placed = place(torch.ones(3 * PAGE + PAGE // 2, dtype=torch.uint8))
+    flags = mapping_flags(placed.data_ptr())
+    assert "sh" not in flags
+    # A kernel without huge pages has no such flag anywhere.
+    assert "hg" in flags or not Path("/sys/kernel/mm/transparent_hugepage").exists()
+    assert mapping_flags(placed.data_ptr() + placed.nbytes - 1) == flags
+
+
+def mapping_flags(address):
+    """VmFlags (proc(5)) of the mapping that an address lies in."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            low, high = (int(end, 16) for end in first.split("-"))
+            inside = low <= address < high
+        elif inside and first == "VmFlags:":
+            return line.split()[1:]
+    raise AssertionError(f"{address:x} is not mapped")

@@ -82,14 +82,14 @@ struct FloatsFromBytes {
 
 // int8 values --------------------------------------------------------------------------------------------------------
 //
-// Activations become whole numbers, each block of 1024 columns with a scale of its own: of
+// Activations become whole numbers, each block of 4096 columns with a scale of its own: of
 // 22 bits and sign for bfloat16 x (DIGITS = 3), of 30 for float32 (DIGITS = 4), written as digits of base 256, each
 // -128..127. A weight times a digit is what VPDPBUSD multiplies and adds, exactly. Its weights are unsigned, so
 // 128 is added to each (a zero that the bitmask left out becomes 128, too), and 128 times the digits' sum is taken off
 // by starting the sum there. The result differs from the exact one by at most |w| 2^-22 max|x| a term for
 // bfloat16 and 2^-30 for float32, max over the block.
 
-constexpr int64_t BLOCK = 1024;
+constexpr int64_t BLOCK = 4096;
 
 template <int DIGITS>
 struct FixedBlock {
@@ -111,11 +111,12 @@ PHX_INLINE float power_of_two(int exponent) {
     return value;
 }
 
+// One block of `cols` columns, a multiple of 64. False: some are infinite.
 template <int DIGITS>
-bool fix_block(const float* x, FixedBlock<DIGITS>* out) {
+bool fix_block(const float* x, int64_t cols, FixedBlock<DIGITS>* out) {
     const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
     __m512i largest = _mm512_setzero_si512();  // floats of one sign are ordered as integers are, NaN above them all
-    for (int i = 0; i < BLOCK; i += 16) {
+    for (int64_t i = 0; i < cols; i += 16) {
         largest = _mm512_max_epu32(largest, _mm512_and_si512(magnitude, _mm512_loadu_si512(x + i)));
     }
     uint32_t top = _mm512_reduce_max_epu32(largest);
@@ -128,7 +129,7 @@ bool fix_block(const float* x, FixedBlock<DIGITS>* out) {
     for (int d = 0; d < 16; ++d) out->scale[d] = d < DIGITS ? power_of_two(8 * d - shift) : 0.0f;
     __m512i start[DIGITS];
     for (int d = 0; d < DIGITS; ++d) start[d] = _mm512_setzero_si512();
-    for (int chunk = 0; chunk < BLOCK / 64; ++chunk) {
+    for (int64_t chunk = 0; chunk < cols / 64; ++chunk) {
         for (int part = 0; part < 4; ++part) {
             __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(factor, _mm512_loadu_ps(x + chunk * 64 + part * 16)));
             for (int d = 0; d < DIGITS; ++d) {
@@ -155,9 +156,8 @@ const void* prepare_fixed(const Input& x, void* space) {
             int64_t left = x.cols - i < BLOCK ? x.cols - i : BLOCK;
             alignas(64) float floats[BLOCK];
             const Input part{static_cast<const char*>(x.data) + (b * x.cols + i) * bytes_of(x.type), 1, left, x.type};
-            for (int64_t k = padded(left); k < BLOCK; k += 16) _mm512_store_ps(floats + k, _mm512_setzero_ps());
             prepare_floats<false>(part, floats);
-            if (!fix_block<DIGITS>(floats, out)) return nullptr;
+            if (!fix_block<DIGITS>(floats, padded(left), out)) return nullptr;
         }
     }
     return space;
@@ -184,7 +184,7 @@ struct FixedRows {
                     }
                 }
                 const int64_t first = block * BLOCK, last = first + BLOCK < w.cols ? first + BLOCK : w.cols;
-                walk.run(first, last, [&](int64_t at, auto, __m512i(&expanded)[R]) PHX_LAMBDA {
+                walk.run(first, last, [&](int64_t at, __m512i(&expanded)[R]) PHX_LAMBDA {
                     for (int r = 0; r < R; ++r) expanded[r] = _mm512_xor_si512(expanded[r], middle);
                     for (int b = 0; b < B; ++b) {
                         for (int d = 0; d < DIGITS; ++d) {
@@ -195,7 +195,6 @@ struct FixedRows {
                         }
                     }
                 });
-                // Steps that a last block doesn't have: their digits are 0, so `start` took nothing off for them.
                 for (int b = 0; b < B; ++b) {
                     for (int d = 0; d < DIGITS; ++d) {
                         const __m512 scale = _mm512_set1_ps(here[b * blocks].scale[d]);
@@ -225,14 +224,14 @@ void decode_fixed(const Matrix& w, const void* prepared, int batch, int64_t firs
 // Tiles --------------------------------------------------------------------------------------------------------------
 
 void expand_words(const Matrix& w, int64_t row, uint16_t* out) {
-    walk_row<Words>(w, row, [&](int64_t at, auto, const __m512i(&expanded)[1]) PHX_LAMBDA {
+    walk_row<Words>(w, row, [&](int64_t at, const __m512i(&expanded)[1]) PHX_LAMBDA {
         const __m512i words = expanded[0];
         _mm512_mask_storeu_epi16(out + at * 32, first_bits(w.cols - at * 32), words);
     });
 }
 
 void expand_words_to_floats(const Matrix& w, int64_t row, float* out) {
-    walk_row<Words>(w, row, [&](int64_t at, auto, const __m512i(&expanded)[1]) PHX_LAMBDA {
+    walk_row<Words>(w, row, [&](int64_t at, const __m512i(&expanded)[1]) PHX_LAMBDA {
         const __m512i words = expanded[0];
         __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(words));
         __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(words, 1));
@@ -243,14 +242,14 @@ void expand_words_to_floats(const Matrix& w, int64_t row, float* out) {
 }
 
 void expand_floats(const Matrix& w, int64_t row, float* out) {
-    walk_row<Floats>(w, row, [&](int64_t at, auto, const __m512i(&expanded)[1]) PHX_LAMBDA {
+    walk_row<Floats>(w, row, [&](int64_t at, const __m512i(&expanded)[1]) PHX_LAMBDA {
         const __m512i floats = expanded[0];
         _mm512_mask_storeu_epi32(out + at * 16, first_bits(w.cols - at * 16), floats);
     });
 }
 
 void expand_bytes_to_floats(const Matrix& w, int64_t row, float* out) {
-    walk_row<Bytes>(w, row, [&](int64_t at, auto, const __m512i(&expanded)[1]) PHX_LAMBDA {
+    walk_row<Bytes>(w, row, [&](int64_t at, const __m512i(&expanded)[1]) PHX_LAMBDA {
         const __m512i bytes = expanded[0];
         for (int part = 0; part < 4; ++part) {
             int64_t place = at * 64 + part * 16;
@@ -260,7 +259,7 @@ void expand_bytes_to_floats(const Matrix& w, int64_t row, float* out) {
 }
 
 void expand_bytes_to_words(const Matrix& w, int64_t row, uint16_t* out) {
-    walk_row<Bytes>(w, row, [&](int64_t at, auto, const __m512i(&expanded)[1]) PHX_LAMBDA {
+    walk_row<Bytes>(w, row, [&](int64_t at, const __m512i(&expanded)[1]) PHX_LAMBDA {
         for (int half = 0; half < 2; ++half) {
             int64_t place = at * 64 + half * 32;
             _mm512_mask_storeu_epi16(out + place, first_bits(w.cols - place), byte_words(expanded[0], half));

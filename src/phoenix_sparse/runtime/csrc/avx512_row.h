@@ -50,11 +50,6 @@ struct Floats {
     }
 };
 
-template <int N>
-struct Slot {
-    static constexpr int value = N;
-};
-
 // R rows, walked along side by side.
 //
 // A load takes a whole register, though the step may have few values. GUARDED loads take no more than the step has,
@@ -66,11 +61,12 @@ struct Walk {
     const uint8_t* bitmask;  // of the first row
     int64_t row_bytes;
     const typename V::Element* values[R];
-    // The rows behind these, as many, are fetched meanwhile: the hardware's own prefetching stops at each page of 4 KiB,
-    // which is about a row.
+    // What comes so many bytes later is fetched meanwhile, into the L2 (the L1 keeps too few misses in flight): the
+    // hardware's own prefetching stops at each page of 4 KiB, which is about a row.
+    static constexpr int64_t VALUES_AHEAD = 32 * 1024, BITMASK_AHEAD = 4 * 1024;
     const char* next_values;
     const char* next_bitmask;
-    int lines;  // of those values, for four steps here
+    int lines;  // of values, for four steps here
 
     PHX_INLINE Walk(const Matrix& w, int64_t row) {
         const auto* all = static_cast<const typename V::Element*>(w.values);
@@ -78,29 +74,23 @@ struct Walk {
         row_bytes = w.row_bytes();
         bitmask = w.bitmask + row * row_bytes;
         for (int r = 0; r < R; ++r) values[r] = all + offsets[r];
-        next_values = reinterpret_cast<const char*>(all + offsets[R]);
-        next_bitmask = reinterpret_cast<const char*>(bitmask + R * row_bytes);
+        next_values = reinterpret_cast<const char*>(values[0]) + VALUES_AHEAD;
+        next_bitmask = reinterpret_cast<const char*>(bitmask) + BITMASK_AHEAD;
         const int64_t bytes = (offsets[R] - offsets[0]) * static_cast<int64_t>(sizeof *all);
         lines = static_cast<int>((bytes * 4 * V::step / w.cols + 63) / 64);
     }
 
-    // Call use(step, slot, expanded) for each step of the columns first..last-1, expanded[r] being the step's columns of
-    // row r. `first` is where the walk has come to, a multiple of four steps; so is `last`, or the rows' end. `slot` is
-    // known at compile time: step % 4 for whole groups of four steps, else 4.
+    // Call use(step, expanded) for each step of the columns first..last-1, expanded[r] being the step's columns of row r.
+    // `first` is where the walk has come to, a multiple of four steps; so is `last`, or the rows' end.
     template <class Use>
     PHX_INLINE void run(int64_t first, int64_t last, Use use) {
         int64_t at = first / V::step;
         const int64_t whole = last / V::step;
-        for (; at + 4 <= whole; at += 4) {
-            for (int line = 0; line < lines; ++line, next_values += 64) _mm_prefetch(next_values, _MM_HINT_T1);
-            _mm_prefetch(next_bitmask, _MM_HINT_T0);
-            next_bitmask += R * 4 * sizeof(Bits);
-            step<0>(at, use);
-            step<1>(at + 1, use);
-            step<2>(at + 2, use);
-            step<3>(at + 3, use);
+#pragma GCC unroll 1
+        for (; at < whole; ++at) {
+            if (at % 4 == 0) fetch();
+            step(at, use);
         }
-        for (; at < whole; ++at) step<4>(at, use);
         if (last % V::step) {
             // The bitmask's last bytes, and not one beyond them.
             Bits bits[R];
@@ -111,19 +101,26 @@ struct Walk {
                 for (int64_t i = 0; i < left; ++i)
                     bits[r] = static_cast<Bits>(bits[r] | static_cast<Bits>(from[i]) << (8 * i));
             }
-            step_with<4>(at, bits, use);
+            step_with(at, bits, use);
         }
     }
 
-    template <int SLOT, class Use>
+    PHX_INLINE void fetch() {
+        for (int line = 0; line < lines; ++line, next_values += 64) _mm_prefetch(next_values, _MM_HINT_T1);
+        constexpr int BITS = R * 4 * static_cast<int>(sizeof(Bits));
+        for (int byte = 0; byte < BITS; byte += 64) _mm_prefetch(next_bitmask + byte, _MM_HINT_T1);
+        next_bitmask += BITS;
+    }
+
+    template <class Use>
     PHX_INLINE void step(int64_t at, Use& use) {
         Bits bits[R];
         for (int r = 0; r < R; ++r)
             __builtin_memcpy(&bits[r], bitmask + r * row_bytes + at * sizeof(Bits), sizeof(Bits));
-        step_with<SLOT>(at, bits, use);
+        step_with(at, bits, use);
     }
 
-    template <int SLOT, class Use>
+    template <class Use>
     PHX_INLINE void step_with(int64_t at, const Bits (&bits)[R], Use& use) {
         __m512i expanded[R];
         for (int r = 0; r < R; ++r) {
@@ -132,7 +129,7 @@ struct Walk {
             expanded[r] = V::expand(bits[r], packed);
             values[r] += count;
         }
-        use(at, Slot<SLOT>{}, expanded);
+        use(at, expanded);
     }
 };
 
@@ -142,7 +139,7 @@ PHX_INLINE bool unguarded(const Matrix& w, int64_t row, int rows) {
     return w.offsets[row + rows] + V::step <= w.count();
 }
 
-// Call use(step, slot, expanded) for each step of one row.
+// Call use(step, expanded) for each step of one row.
 template <class V, class Use>
 PHX_INLINE void walk_row(const Matrix& w, int64_t row, Use use) {
     if (unguarded<V>(w, row, 1)) {
@@ -198,31 +195,23 @@ struct Rows {
     template <int R, bool GUARDED>
     struct Kernel {
         static PHX_INLINE void run(const Matrix& w, int64_t row, float* sums, const typename L::Element* x) {
-            constexpr int SLOTS = R * B > 8 ? 1 : R * B > 4 ? 2 : 4;
             const int64_t stride = padded(w.cols);
-            __m512 acc[SLOTS][R][B];
-            for (int s = 0; s < SLOTS; ++s)
-                for (int r = 0; r < R; ++r)
-                    for (int b = 0; b < B; ++b) acc[s][r][b] = _mm512_setzero_ps();
+            __m512 acc[R][B];
+            for (int r = 0; r < R; ++r)
+                for (int b = 0; b < B; ++b) acc[r][b] = _mm512_setzero_ps();
             Walk<typename From::Values, R, GUARDED> walk(w, row);
-            walk.run(0, w.cols, [&](int64_t at, auto slot, const __m512i(&expanded)[R]) PHX_LAMBDA {
-                constexpr int s = decltype(slot)::value % SLOTS;
+            walk.run(0, w.cols, [&](int64_t at, const __m512i(&expanded)[R]) PHX_LAMBDA {
                 __m512i weights[R][From::PARTS];
                 for (int r = 0; r < R; ++r) From::split(expanded[r], weights[r]);
                 for (int b = 0; b < B; ++b) {
                     for (int part = 0; part < From::PARTS; ++part) {
                         __m512i column = _mm512_loadu_si512(x + b * stride + (at * From::PARTS + part) * L::step);
-                        for (int r = 0; r < R; ++r) acc[s][r][b] = L::multiply(acc[s][r][b], weights[r][part], column);
+                        for (int r = 0; r < R; ++r) acc[r][b] = L::multiply(acc[r][b], weights[r][part], column);
                     }
                 }
             });
-            for (int r = 0; r < R; ++r) {
-                for (int b = 0; b < B; ++b) {
-                    __m512 all = acc[0][r][b];
-                    for (int s = 1; s < SLOTS; ++s) all = _mm512_add_ps(all, acc[s][r][b]);
-                    sums[r * B + b] = _mm512_reduce_add_ps(all);
-                }
-            }
+            for (int r = 0; r < R; ++r)
+                for (int b = 0; b < B; ++b) sums[r * B + b] = _mm512_reduce_add_ps(acc[r][b]);
         }
     };
 };
