@@ -68,6 +68,10 @@ def test_bench_measures_training(sparse, tmp_path):
         (("pack", "MODEL", "--out", "OUT", "--values", "int4"), "--values: 'int4' is none of auto, bf16, int8"),
         (("unpack", "MODEL", "--out", "OUT"), "not a packed model"),
         (("generate", "nowhere/at-all/x", "Hello"), "is not a directory"),
+        (("generate", "MODEL", ""), "the prompt is empty"),
+        (("bench", "DENSE", "--training"), "has no zeros to train through"),
+        (("flops", "llama-3-8b", "--sparsity", 1.5), "give a share from 0 to below 1"),
+        (("flops", "llama-3-9b"), "is not a directory"),
         (("bench", "DENSE"), "prune it first"),
         (("bench", "MODEL", "--batch", 0), "give 1 or more"),
         (("bench", "MODEL", "--prompt", 100000), "more than the model's context"),
@@ -90,3 +94,11 @@ def test_steps_want_the_dense_model(sparse, tmp_path):
     phx("pack", sparse, "--out", tmp_path / "packed")
     done = phx("prune", tmp_path / "packed", "--out", tmp_path / "out", "--importance", "magnitude")
     assert "phx unpack" in str(done.exception)
+
+
+def test_flops_of_a_well_known_model_need_nothing_but_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = phx("flops", "llama-3-8b", "--sparsity", 0.5)
+    assert done.exit_code == 0, done.output
+    assert "Projected tokens a second: a roofline" in done.output
+    assert not list(tmp_path.iterdir())

@@ -1,7 +1,10 @@
+from pathlib import Path
+
 import pytest
 import torch
 
 from phoenix_sparse import merging
+from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.finetuning.adapter import add_adapter, elastic_layers, save_adapter, set_ranks
 from phoenix_sparse.finetuning.elastic import draw, spaces
 from phoenix_sparse.masks import inspect, require_preserved
@@ -74,3 +77,10 @@ def test_zeros_that_a_merge_makes_are_counted_as_zeros():
     report = inspect(masks, prunable_linears(merged))
     assert report[name]["off_mask_nonzeros"] == 0
     assert report[name]["sparsity"] >= report[name]["mask_sparsity"]
+
+
+def test_a_model_that_diverged_is_not_merged():
+    merging.require_finite([torch.zeros(2, 3)], Path("adapter"))
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(PhoenixError, match="merge: with adapter the model's logits are no longer finite"):
+            merging.require_finite([torch.zeros(2, 3), torch.tensor([[1.0, value]])], Path("adapter"))

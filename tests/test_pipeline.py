@@ -361,6 +361,9 @@ def test_trained_weights_go_all_the_way(tmp_path, model_directory, task_director
     """Stopped by an error in the search, gone on with, and beside a baseline that is an adapter."""
     changes = (*QUICK[1:], "evaluate.baselines=[dense_lora]", "finetune.method=full", "finetune.weight_decay=0.1")
     changes += ("finetune.validate_every=2", "finetune.batching=packed", "dtype=bfloat16")
+    with pytest.raises(PhoenixError, match="evaluate.dense_lora_learning_rate: the dense LoRA is an adapter"):
+        pipeline.prepare(small(model_directory, task_directory, *changes))
+    changes += ("evaluate.dense_lora_learning_rate=0.01",)
     recipe = small(model_directory, task_directory, *changes)
 
     def stop(stage, state):
@@ -400,7 +403,7 @@ def test_what_is_missing_is_told_before_anything_is_written(tmp_path, model_dire
     for changes, words in (
         (["model=./nowhere"], "model: ./nowhere is not a directory"),
         (["task=nothing"], "task: 'nothing' is neither built in"),
-        (["task.data=./nowhere"], "task.data: nowhere is not a folder"),
+        (["task.data=./nowhere"], "its data, nowhere, is not a folder"),
         (["task.validation=0"], "no examples to validate with; set task.validation above 0"),
         (["task.num_fewshot=71"], "task.num_fewshot=71 is more than the 70 training examples"),
         (["finetune.targets=[w_proj]"], "finetune.targets: no linear is called w_proj; there are down_proj, gate_proj"),

@@ -41,6 +41,9 @@ def refusal(action) -> str:
         ("sparsify.calibration.sampels=5", "did you mean sparsify.calibration.samples?"),
         ("evaluate.perplexity={text: a, contxt_length: 8}", "did you mean evaluate.perplexity.context_length?"),
         ("task.nam=gsm8k", "task.nam is no field; did you mean task.name?"),
+        ("task.mixture=[{name: mawps, dat: /x}]", "task.mixture.0.dat is no field; did you mean task.mixture.0.data?"),
+        ("evaluate.also=[{nam: mawps}]", "evaluate.also.0.nam is no field; did you mean evaluate.also.0.name?"),
+        ("finetune.distill={logit: 1}", "finetune.distill.logit is no field; did you mean finetune.distill.logits?"),
         ("search.zzz=1", "search.zzz is no field; known here: bounds, hill_climb, nsga2, population, examples"),
         # values
         ("sparsify.sparsity=1.0", "sparsify.sparsity=1.0 should be less than 1"),

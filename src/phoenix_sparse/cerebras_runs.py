@@ -2,7 +2,8 @@
 
 import math
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def import_run(
     source, masks = run / "sparse", read_masks(run / "masks.safetensors")
     tokenizer = load_tokenizer(source)
     fit_tokenizer(empty_model(load_config(source)), tokenizer, source)
-    with tempfile.TemporaryDirectory(dir=_made(out), prefix=".import-") as work:
+    with _made(out), tempfile.TemporaryDirectory(dir=out, prefix=".import-") as work:
         converted = Path(work) / "converted"
         taken = bring_back(exported, checkpoint, source, masks, converted, environment)
         # In the dtype of the original configuration; the wafer's weights are float32.
@@ -160,6 +161,14 @@ def _weight_map(source: Path) -> dict[str, str]:
     return found
 
 
-def _made(directory: Path) -> Path:
+@contextmanager
+def _made(directory: Path) -> Iterator[None]:
+    """A directory that is there for the block, and gone again where that fails and leaves it empty."""
+    new = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
-    return directory
+    try:
+        yield
+    except BaseException:
+        if new and not any(directory.iterdir()):
+            directory.rmdir()
+        raise

@@ -306,41 +306,6 @@ def evaluate(
 
 
 @app.command()
-def flops(
-    model: Model,
-    *,
-    masks: Annotated[Path | None, typer.Option(help="masks.safetensors; dense unless given")] = None,
-    sparsity: Annotated[float | None, typer.Option(help="of all matrices of the blocks, in place of masks")] = None,
-    out: Out,
-    prompt_length: Annotated[int, typer.Option(help="tokens of the prompt")] = 512,
-    context_length: Annotated[int, typer.Option(help="positions that a decoded token attends to")] = 1024,
-) -> None:
-    """Count FLOPs per token and layer, dense and sparse, and project them onto machines. Writes flops.json.
-
-    MODEL may also be llama-3-8b, llama-7b, mistral-7b-v0.3 or mixtral-8x7b, whose configurations come with Phoenix.
-    """
-    from phoenix_sparse import steps
-    from phoenix_sparse.console import OUT
-    from phoenix_sparse.evaluation.hardware import shipped_configuration
-    from phoenix_sparse.evaluation.settings import EvaluateSettings
-    from phoenix_sparse.files import read_json
-    from phoenix_sparse.pipeline import model_directory
-    from phoenix_sparse.recipe import check
-    from phoenix_sparse.report import flops_table, projection_table
-
-    if sparsity is not None and (masks is not None or not 0 <= sparsity < 1):
-        raise PhoenixError(f"flops: --sparsity {sparsity}; give a share from 0 to below 1, or --masks, not both")
-    lengths = {"prompt_length": prompt_length, "context_length": context_length}
-    settings = check(EvaluateSettings, lengths, "flops")
-    with set_up("auto", "cpu", 0, out):
-        source = shipped_configuration(model) or model_directory(model)
-        steps.flops(source, steps.read_masks(masks) if masks else None, settings, out, sparsity=sparsity)
-    counted = read_json(out / "flops.json")
-    OUT.print(flops_table(counted), projection_table(counted))
-    say(f"per layer: {out / 'flops.json'}")
-
-
-@app.command()
 def shrink(
     model: Model,
     *,

@@ -1,22 +1,62 @@
-"""The commands of deployment: pack, unpack, generate, bench. `cli` joins them to the others."""
+"""The commands of deployment and its cost: flops, pack, unpack, generate, bench. `cli` joins them to the others."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from phoenix_sparse.commands import refuse_existing, say
+from phoenix_sparse.commands import refuse_existing, say, set_up
 from phoenix_sparse.errors import PhoenixError
 
 app = typer.Typer()
 
 Directory = Annotated[str, typer.Argument(help="a Hugging Face model directory or a hub name", show_default=False)]
 PackedDirectory = Annotated[Path, typer.Argument(help="a directory that phx pack wrote", show_default=False)]
+Counted = Annotated[str, typer.Argument(metavar="MODEL", help="a directory, a hub name, or demo", show_default=False)]
 AnyModel = Annotated[str, typer.Argument(help="a model directory, packed or not", show_default=False)]
 Out = Annotated[Path, typer.Option(help="the directory to write", show_default=False)]
 DtypeName = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16")]
 DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu or cuda")]
 ValuesName = Annotated[str, typer.Option(help="of the kept weights: auto (as stored), bf16 or int8")]
+
+
+@app.command()
+def flops(
+    model: Counted,
+    *,
+    masks: Annotated[Path | None, typer.Option(help="masks.safetensors; dense unless given")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="of all matrices of the blocks, in place of masks")] = None,
+    out: Annotated[Path | None, typer.Option(help="a directory to write flops.json to", show_default=False)] = None,
+    prompt_length: Annotated[int, typer.Option(help="tokens of the prompt")] = 512,
+    context_length: Annotated[int, typer.Option(help="positions that a decoded token attends to")] = 1024,
+) -> None:
+    """Count FLOPs per token and layer, dense and sparse, and project them onto machines.
+
+    MODEL may also be llama-3-8b, llama-7b, mistral-7b-v0.3 or mixtral-8x7b, whose configurations come with Phoenix.
+    """
+    import tempfile
+
+    from phoenix_sparse import steps
+    from phoenix_sparse.console import OUT
+    from phoenix_sparse.evaluation.hardware import shipped_configuration
+    from phoenix_sparse.evaluation.settings import EvaluateSettings
+    from phoenix_sparse.files import read_json
+    from phoenix_sparse.pipeline import model_directory
+    from phoenix_sparse.recipe import check
+    from phoenix_sparse.report import flops_table, projection_table
+
+    if sparsity is not None and (masks is not None or not 0 <= sparsity < 1):
+        raise PhoenixError(f"flops: --sparsity {sparsity}; give a share from 0 to below 1, or --masks, not both")
+    lengths = {"prompt_length": prompt_length, "context_length": context_length}
+    settings = check(EvaluateSettings, lengths, "flops")
+    with set_up("auto", "cpu", 0, out), tempfile.TemporaryDirectory() as place:
+        source = shipped_configuration(model) or model_directory(model)
+        where = out or Path(place)
+        steps.flops(source, steps.read_masks(masks) if masks else None, settings, where, sparsity=sparsity)
+        counted = read_json(where / "flops.json")
+    OUT.print(flops_table(counted), projection_table(counted))
+    if out is not None:
+        say(f"per layer: {out / 'flops.json'}")
 
 
 @app.command()
@@ -114,7 +154,18 @@ def bench(
     if min(batches) < 1:
         raise PhoenixError(f"bench: --batch {min(batches)} is no number of sequences; give 1 or more")
     with showing() as show:
-        record = measure(
+        steps = {}
+        if training:  # first: it refuses what the other measures can do with
+            steps["training"] = measure_training(
+                find_model(model),
+                batches=batches,
+                length=prompt,
+                repeats=repeats,
+                dtype=options.dtype,
+                device=options.device,
+                progress=show.progress,
+            )
+        record = steps | measure(
             find_model(model),
             values=chosen,
             batches=batches,
@@ -127,16 +178,6 @@ def bench(
             device=options.device,
             progress=show.progress,
         )
-        if training:
-            record["training"] = measure_training(
-                find_model(model),
-                batches=batches,
-                length=prompt,
-                repeats=repeats,
-                dtype=options.dtype,
-                device=options.device,
-                progress=show.progress,
-            )
     record["host"] = host()
     for table in bench_tables(record):
         OUT.print(table)

@@ -43,7 +43,8 @@ def report(
         say(f"report: {build_report(directory)}")
         return
     require_writable(out)
-    page = build_overview(directory, out, command=f"phx report {directory.name} --out {out.name}")
+    command = f"phx report {directory.name} --out {out.name}"
+    page = build_overview(directory, out, command=command, tell=lambda text: say(f"left out: {text}"))
     say(f"report: {page}", f"beside published figures: {out / PUBLISHED}", f"every figure: {out / SUMMARY}")
 
 
@@ -60,23 +61,25 @@ def plan(
 ) -> None:
     """Check every cell, and say how many runs there are, what they share and what they cost. Runs nothing."""
     from phoenix_sparse.console import showing
+    from phoenix_sparse.report.series import counted
     from phoenix_sparse.report.text import seconds, size
     from phoenix_sparse.sweep.matrix import load_sweep
     from phoenix_sparse.sweep.planning import check_inputs, estimated_cost, shared_counts
+    from phoenix_sparse.sweep.settings import AXES
 
     loaded = load_sweep(file, overrides or ())
     settings = loaded.settings
     sizes = [settings.models, settings.tasks, settings.methods, settings.sparsities, settings.modes, settings.seeds]
-    names = ("models", "tasks", "methods", "sparsities", "modes", "seeds")
-    product = " x ".join(f"{len(one)} {name}" for one, name in zip(sizes, names, strict=True))
+    product = " x ".join(counted(len(one), name) for one, name in zip(sizes, AXES, strict=True))
     left_out = f", {loaded.excluded} excluded" if loaded.excluded else ""
-    say(f"{settings.name}: {len(loaded.cells)} runs ({product}{left_out})")
+    say(f"{settings.name}: {counted(len(loaded.cells), 'run')} ({product}{left_out})")
     for stage, (needed, done) in shared_counts(loaded).items():
-        say(f"  {stage}: needed by {needed}, computed {done} times")
+        say(f"  {stage}: needed by {counted(needed, 'run')}, computed {counted(done, 'time')}")
     engine = settings.engine
     where = "this machine" if engine.provider.kind == "local" else engine.provider.kind
     gpus = f", GPUs {', '.join(engine.gpus)}" if engine.gpus else ""
-    say(f"engine: {engine.kind} on {where}, {engine.workers} at once on a node{gpus}; {settings.retries} retries")
+    again = counted(settings.retries, "retry")
+    say(f"engine: {engine.kind} on {where}, {engine.workers} at once on a node{gpus}; {again}")
     if cells:
         say(*(cell.name for cell in loaded.cells))
     if not inputs:
@@ -106,7 +109,10 @@ def resume(file: SweepFile, overrides: Overrides = None, *, out: Out = None) -> 
 
 @sweep.command()
 def status(file: SweepFile, overrides: Overrides = None, *, out: Out = None) -> None:
-    """Say where every run stands, from the runs' directories alone. SWEEP.yaml may be the sweep's directory."""
+    """Say where every run stands, from the runs' directories alone. SWEEP.yaml may be the sweep's directory.
+
+    Exits with 0 whatever the runs' states are.
+    """
     from phoenix_sparse.sweep.places import Places
     from phoenix_sparse.sweep.running import known_cells
     from phoenix_sparse.sweep.status import standings
@@ -194,14 +200,19 @@ def _run(file: Path, overrides: list[str] | None, out: Path | None, *, resume: b
 
 
 def _tell_failures(found: Sequence[Any]) -> None:
+    from phoenix_sparse.report.series import counted
+
     for one in found:
         if one.state == "failed":
-            say(f"failed: {one.name} ({one.attempts} attempts): {one.reason}")
+            say(f"failed: {one.name} ({counted(one.attempts, 'attempt')}): {one.reason}")
 
 
 def _counted(found: Sequence[Any]) -> str:
+    from phoenix_sparse.report.series import counted
     from phoenix_sparse.sweep.status import counts
 
     if not found:
         raise PhoenixError("sweep: no cell lies here")
-    return f"{len(found)} runs: " + ", ".join(f"{count} {state}" for state, count in counts(found).items() if count)
+    return f"{counted(len(found), 'run')}: " + ", ".join(
+        f"{count} {state}" for state, count in counts(found).items() if count
+    )

@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import sha256
 from phoenix_sparse.finetuning.adapter import elastic_layers
 from phoenix_sparse.finetuning.sparse_lora import adapted_weights, kept_masks, require_adapter
@@ -102,6 +103,19 @@ def sample_logits(model: Any, rows: Sequence[list[int]], pad: int) -> list[Tenso
     seen = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
     logits = model(input_ids=ids, attention_mask=seen, use_cache=False).logits.float().cpu()
     return [logits[index, : len(row)] for index, row in enumerate(rows)]
+
+
+def require_finite(logits: Sequence[Tensor], adapter: Path) -> None:
+    """Refuse to merge what has diverged: finite weights may still be too large to compute with.
+
+    Raises:
+        PhoenixError: a logit is NaN or infinite.
+    """
+    if not all(bool(torch.isfinite(one).all()) for one in logits):
+        raise PhoenixError(
+            f"merge: with {adapter} the model's logits are no longer finite; the training diverged: lower "
+            "finetune.learning_rate and train again"
+        )
 
 
 def certify(

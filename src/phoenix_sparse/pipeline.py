@@ -126,6 +126,7 @@ def prepare_all(recipe: Recipe) -> tuple[Path, Task, list[Task]]:
     steps.require_targets(model, recipe.finetune)
     steps.require_trackers(recipe.finetune)
     _require_teacher(recipe, model)
+    _require_dense_rate(recipe)
     if recipe.finetune.evolve is not None and recipe.sparsify.pattern != "unstructured":
         raise PhoenixError(
             f"finetune.evolve: single weights change places, which would break sparsify.pattern="
@@ -155,11 +156,16 @@ def _require_teacher(recipe: Recipe, model: Path) -> None:
                 f"finetune.distill.teacher: {directory} is no directory; give dense_lora, dense or a model's directory"
             )
         steps.require_alike(load_config(directory), load_config(model), distill, str(directory))
-    rate = recipe.evaluate.dense_lora_learning_rate
-    if distill.teacher == "dense_lora" and recipe.finetune.method == "full" and rate is None:
+
+
+def _require_dense_rate(recipe: Recipe) -> None:
+    """Refuse to train the dense LoRA, as a baseline or as the teacher, at a rate that is meant for whole weights."""
+    distill = recipe.finetune.distill
+    trained = "dense_lora" in recipe.evaluate.baselines or (distill is not None and distill.teacher == "dense_lora")
+    if trained and recipe.finetune.method == "full" and recipe.evaluate.dense_lora_learning_rate is None:
         raise PhoenixError(
-            "evaluate.dense_lora_learning_rate: the teacher is an adapter, whose rate isn't that of method: full; "
-            "give it its own, such as 3e-4"
+            "evaluate.dense_lora_learning_rate: the dense LoRA is an adapter, whose rate isn't that of method: full; "
+            "give it its own, such as 3e-4, or leave dense_lora out of evaluate.baselines"
         )
 
 

@@ -112,7 +112,8 @@ def _explain(kind: type[BaseModel], problem: Any) -> str:
     if what == "extra_forbidden":
         return f"{field} is no field; {_instead(kind, place)}"
     if what == "missing":
-        return f"{field} is missing ({_section(kind, place[:-1]).model_fields[place[-1]].description})"
+        wanted = _section(kind, place[:-1]).model_fields.get(place[-1])
+        return f"{field} is missing" + (f" ({wanted.description})" if wanted and wanted.description else "")
     if what == "model_type":
         return f"{field}={_short(given)} should be a section with keys such as {next(_names(_section(kind, place)))}"
     message = problem["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
@@ -133,7 +134,8 @@ def _instead(kind: type[BaseModel], place: tuple[Any, ...]) -> str:
     *path, wrong = place
     here = _section(kind, path)
     meant = [name for name in _names(kind) if name.rsplit(".", 1)[-1] == wrong]
-    meant = meant or [".".join([*path, name]) for name in difflib.get_close_matches(str(wrong), here.model_fields, 1)]
+    close = difflib.get_close_matches(str(wrong), here.model_fields, 1)
+    meant = meant or [".".join(map(str, [*path, name])) for name in close]
     return f"did you mean {' or '.join(meant)}?" if meant else f"known here: {', '.join(here.model_fields)}"
 
 
@@ -150,9 +152,15 @@ def _section(kind: type[BaseModel], path: Iterable[Any]) -> type[BaseModel]:
     """The settings that lie at a path."""
     for part in path:
         annotation = kind.model_fields[part].annotation if part in kind.model_fields else None
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        kind = next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), kind)
+        kind = next((one for one in _within(annotation) if isinstance(one, type) and issubclass(one, BaseModel)), kind)
     return kind
+
+
+def _within(annotation: Any) -> Iterator[Any]:
+    """A type, and those that it is made of: optional sections, lists of sections."""
+    yield annotation
+    for part in getattr(annotation, "__args__", ()):
+        yield from _within(part)
 
 
 def _short(value: Any) -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.finetuning import trainer
 from phoenix_sparse.finetuning.adapter import ElasticLinear, add_adapter, elastic_layers
 from phoenix_sparse.finetuning.elastic import draw, spaces
 from phoenix_sparse.finetuning.loop import COMPLETE
@@ -133,6 +134,18 @@ def test_a_lost_loss_ends_the_training(tmp_path):
         next(iter(elastic_layers(model).values())).lora_A["default"].weight.fill_(float("inf"))
     with pytest.raises(PhoenixError, match=r"the (loss|grad_norm) is nan at step \d; lower finetune.learning_rate"):
         train(model, ROWS, chosen, pad=256, seed=0, work=tmp_path)
+
+
+def test_factors_that_are_finite_and_whose_product_is_not_are_noticed():
+    chosen = settings()
+    model = adapter(chosen)
+    trainer._require_finite(model, chosen)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.fill_(1e30)
+    with pytest.raises(PhoenixError, match=r"effective weight of .* is no longer finite; lower finetune.learning_rate"):
+        trainer._require_finite(model, chosen)
 
 
 def test_a_loss_that_is_lost_between_two_entries_of_the_log_is_noticed(tmp_path):

@@ -17,7 +17,8 @@ from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.report.overview import PAGE, PUBLISHED, SUMMARY, build_overview
 from phoenix_sparse.report.published import FIGURES, beside
 from phoenix_sparse.report.run_rows import find_runs, method_name, run_row
-from phoenix_sparse.report.series import front, kind_of_merge, mean_and_interval, merge_costs, series, student
+from phoenix_sparse.report.series import counted, front, kind_of_merge, mean_and_interval, merge_costs, series, student
+from phoenix_sparse.report.sweep_plots import flops_plot, method_plot
 
 
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=40))
@@ -114,7 +115,55 @@ def test_an_unfinished_run_is_named_and_left_out(tmp_path, files):
         manifest.replace('"report": {"status": "done"', '"report": {"status": "failed"')
     )
     page = build_overview(tmp_path / "runs", tmp_path / "out").read_text()
-    assert f"1 of {len(runs)} runs didn’t finish and are left out: {runs[0].name}" in page
+    assert f"1 of {len(runs)} runs didn’t finish and is left out: {runs[0].name}" in page
+
+
+@pytest.mark.parametrize(("file", "text"), [("eval.json", "{}"), ("manifest.json", "[1"), ("bench.json", "7")])
+def test_a_damaged_run_is_named_with_its_file_and_left_out(tmp_path, files, file, text):
+    runs = write_runs(tmp_path / "runs", files, methods=["wanda"], sparsities=[0.5])
+    (runs[0] / file).write_text(text)
+    told: list[str] = []
+    page = build_overview(tmp_path / "runs", tmp_path / "out", tell=told.append).read_text()
+    (what,) = told
+    assert what.startswith(f"{runs[0].name}/{file}: ")
+    assert f"1 of {len(runs)} runs has a file that can’t be read and is left out: {runs[0].name} (" in page
+    assert f"{runs[0].name}/{file}" in page
+    assert "didn’t finish" not in page
+    rows = {row["directory"]: row for row in csv.DictReader((tmp_path / "out" / SUMMARY).open())}
+    assert rows[runs[0].name]["damaged"] == what
+    assert rows[runs[0].name]["accuracy"] == ""
+    assert [row["damaged"] for name, row in rows.items() if name != runs[0].name] == [""] * (len(runs) - 1)
+
+
+def test_where_every_run_is_damaged_it_is_told(tmp_path, files):
+    for run in write_runs(tmp_path / "runs", files, methods=["wanda"], sparsities=[0.5], seeds=[0]):
+        (run / "manifest.json").write_text("")
+    with pytest.raises(PhoenixError, match=r"2 runs, and none has come to an accuracy.*damaged: .*manifest\.json"):
+        build_overview(tmp_path / "runs", tmp_path / "out")
+
+
+def test_one_is_written_in_the_singular(tmp_path, files):
+    write_runs(tmp_path / "runs", files, methods=["wanda"], sparsities=[0.5], modes=["sparse_to_sparse"], seeds=[0])
+    page = build_overview(tmp_path / "runs", tmp_path / "out").read_text()
+    text = re.sub(r"<style>.*?</style>|<svg.*?</svg>", "", page, flags=re.DOTALL)
+    assert "<summary>1 setting</summary>" in text
+    assert "<li>1 run: " in text
+    assert not re.search(r"(?<![\d.,])1 (runs|settings|examples|seeds)\b", text)
+    assert [counted(number, noun) for number, noun in ((1, "run"), (0, "run"), (2, "retry"))] == [
+        *("1 run", "0 runs", "2 retries")
+    ]
+
+
+def test_markers_at_the_edges_of_a_plot_are_whole(tmp_path, files):
+    rows = [run_row(one) for one in write_runs(tmp_path / "runs", files, seeds=[0], modes=["sparse_to_sparse"])]
+    for row in rows:
+        row["accuracy"] = 0.0
+    for svg in (method_plot(rows, "m", "title"), flops_plot(rows, "f")):
+        assert svg is not None
+        markers = re.findall(r"<use [^>]*>", svg)
+        assert markers
+        clipped = re.findall(r"<g[^>]*clip-path[^>]*>.*?</g>", svg, flags=re.DOTALL)
+        assert not [one for one in clipped if "<use" in one and "fill-opacity" not in one]  # bands may be clipped
 
 
 def test_runs_measured_in_different_ways_share_no_plot(tmp_path, files):

@@ -8,6 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from phoenix_sparse import cli
+from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.sweep import launching
 
 
@@ -23,7 +24,8 @@ def file(tmp_path, monkeypatch, model_directory, task_directory) -> Path:
         "out, name = Path(sys.argv[1]), sys.argv[2]\n"
         "if 'bad' in name and not (out / 'mended').exists(): print('phx: no such data'); sys.exit(2)\n"
         "run = out / 'runs' / name; run.mkdir(parents=True)\n"
-        "facts = {'phoenix': '0', 'name': name, 'created': '2026', 'stages': {'report': {'status': 'done'}}}\n"
+        "facts = {'phoenix': '0', 'name': name, 'created': '2026', 'inputs': {}}\n"
+        "facts['stages'] = {'report': {'status': 'done'}}\n"
         "(run / 'manifest.json').write_text(json.dumps(facts))\n"
     )
     monkeypatch.setattr(launching, "command", lambda job: [sys.executable, "-c", code, job.out, job.name])
@@ -43,8 +45,9 @@ def file(tmp_path, monkeypatch, model_directory, task_directory) -> Path:
 def test_plan_runs_nothing(file, tmp_path):
     done = phx("sweep", "plan", file, "--cells", "sparsities=[0.5, 0.7]")
     assert done.exit_code == 0, done.output
-    assert "mine: 4 runs" in done.output
-    assert "baseline dense: needed by 4, computed 1 times" in done.output
+    assert "mine: 4 runs (1 model x 2 tasks x 1 method x 2 sparsities x 1 mode x 1 seed)" in done.output
+    assert "baseline dense: needed by 4 runs, computed 1 time\n" in done.output
+    assert "; 1 retry\n" in done.output
     assert "tiny-good-magnitude-70-s2s-s0" in done.output
     assert "training, estimated" in done.output
     assert list(tmp_path.iterdir()) == [file]
@@ -53,7 +56,7 @@ def test_plan_runs_nothing(file, tmp_path):
 def test_a_failed_run_is_exit_code_3_and_resume_mends_it(file):
     done = phx("sweep", "run", file)
     assert done.exit_code == 3, done.output
-    assert "failed: tiny-bad-magnitude-50-s2s-s0 (1 attempts): exit code 2: phx: no such data" in done.output
+    assert "failed: tiny-bad-magnitude-50-s2s-s0 (1 attempt): exit code 2: phx: no such data" in done.output
     assert "2 runs: 1 done, 1 failed" in done.output
     for what in (file, "sweeps/mine"):
         told = phx("sweep", "status", what)
@@ -63,6 +66,21 @@ def test_a_failed_run_is_exit_code_3_and_resume_mends_it(file):
     done = phx("sweep", "resume", file)
     assert done.exit_code == 0, done.output
     assert "2 runs: 2 done" in done.output
+
+
+def test_damaged_files_of_the_directory_are_named(file):
+    Path("sweeps/mine").mkdir(parents=True)
+    Path("sweeps/mine/mended").touch()
+    assert phx("sweep", "run", file).exit_code == 0
+    manifest = Path("sweeps/mine/runs/tiny-bad-magnitude-50-s2s-s0/manifest.json")
+    manifest.write_text("{")
+    told = phx("sweep", "status", file)
+    assert f"failed: {manifest.parent.name} (1 attempt): {manifest}: not a JSON file" in told.output
+    assert "2 runs: 1 done, 1 failed" in told.output
+    Path("sweeps/mine/sweep.yaml").write_text("name: [")
+    done = phx("sweep", "resume", file)
+    assert isinstance(done.exception, PhoenixError)  # which `cli.main` tells in one line, with exit code 2
+    assert str(done.exception).startswith("sweep: sweeps/mine/sweep.yaml is not YAML")
 
 
 def test_one_cell_is_a_run_like_any_other(file):

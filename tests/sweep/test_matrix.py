@@ -84,7 +84,24 @@ def test_exclusions_take_away_what_they_name(sparsities, seeds, out):
         ),
         ({"methods": {"x": {"importanc": "wanda"}}}, "importanc is no field"),
         ({"methods": ["wanda"]}, "needs labels with settings of sparsify"),
-        ({"exclude": [{"method": "plian"}]}, "matches no cell"),
+        (
+            {"exclude": [{"method": "plian", "sparsity": [0.5, 0]}]},
+            "exclude: method: plian, sparsity: 0.5, 0 matches no cell; method is one of chance, plain",
+        ),
+        ({"exclude": [{"sparsity": 0.7}]}, "sparsity: 0.7 matches no cell; sparsity is one of 0, 0.5"),
+        ({"sparsities": []}, "sparsities=[]: needs a list of one or more numbers, such as [0.3, 0.5]"),
+        ({"seeds": []}, "seeds=[]: needs a list of one or more numbers, such as [0, 1]"),
+        ({"seeds": 3}, "seeds=3: needs a list of one or more numbers"),
+        ({"name": "a b"}, "name='a b': use letters, digits, dots, dashes and underscores"),
+        ({"base": {"name": "mine"}}, "leave out its name (mine); a run is named by its cell"),
+        ({"base": {"seed": 3}}, "seeds are an axis of their own, such as seeds: [3]"),
+        (
+            {"models": {"small": {"model": "demo", "name": "x"}}},
+            "leave out the name in small; a run is named by its cell",
+        ),
+        ({"engine": {"gpus": [-1]}}, "engine.gpus=[-1]: '-1' is no GPU; give numbers from 0 on"),
+        ({"engine": {"gpus": [0, True]}}, "'True' is no GPU"),
+        ({"engine": {"gpus": 0}}, "needs a list of GPUs"),
         ({"exclude": [{"methods": "plain"}]}, "an exclusion names one or more of model, task, method"),
         ({"sparsities": [0.5, 0.5]}, "a value stands there twice"),
         ({"models": {"../x": "demo"}}, "goes into names of directories"),
@@ -92,7 +109,7 @@ def test_exclusions_take_away_what_they_name(sparsities, seeds, out):
         ({"models": []}, "is empty"),
         ({"engine": {"kind": "inline", "provider": {"kind": "slurm"}}}, "the inline engine knows this machine only"),
         ({"engine": {"gpus": [0, 0]}}, "names a GPU twice"),
-        ({"engine": {"provider": {"kind": "pbs", "walltime": "1h"}}}, "walltime"),
+        ({"engine": {"provider": {"kind": "pbs", "walltime": "1h"}}}, "needs hours, minutes and seconds in quotes"),
         ({"base": "nowhere.yaml"}, "nowhere.yaml can't be read"),
     ],
 )
@@ -101,6 +118,11 @@ def test_mistakes_are_told_in_one_line_before_anything_runs(tmp_path, changes, m
         load_sweep(write(tmp_path, **changes))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("gpus", [[0, 1], ["GPU-1a2b", "MIG-3c/4/5"], ["0,1", "2,3"]])
+def test_gpus_are_what_cuda_visible_devices_takes(tmp_path, gpus):
+    assert load_sweep(write(tmp_path, engine={"gpus": gpus})).settings.engine.gpus == tuple(map(str, gpus))
 
 
 def test_a_base_may_be_a_recipe_beside_the_sweep(tmp_path):

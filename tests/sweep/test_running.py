@@ -8,13 +8,14 @@ import pandas
 import pytest
 
 from phoenix_sparse.errors import PhoenixError
-from phoenix_sparse.files import read_json, write_json
+from phoenix_sparse.files import write_json
 from phoenix_sparse.sweep import launching
 from phoenix_sparse.sweep.matrix import Sweep, resolve
 from phoenix_sparse.sweep.places import Places, note
-from phoenix_sparse.sweep.running import cell_recipe, known_cells, run_sweep
+from phoenix_sparse.sweep.registry import write_registry
+from phoenix_sparse.sweep.running import cell_recipe, known_cells, lay_out, run_sweep
 from phoenix_sparse.sweep.settings import SweepSettings
-from phoenix_sparse.sweep.status import counts, standing
+from phoenix_sparse.sweep.status import counts, standing, standings
 
 # Leaves what a run of one stage would leave, unless its name or a file says that it fails.
 RUN = """
@@ -113,7 +114,9 @@ def test_states_are_read_from_the_files_alone(tmp_path):
     assert standing(places, name).state == "waiting"
     note(cell, "begun", attempt=1, pid=os.getpid())
     assert standing(places, name).state == "running"
-    write_json(manifest, {"stages": {"sparsify": {"status": "done", "begun": "1"}, "finetune": {"begun": "2"}}})
+    facts = {"phoenix": "0", "name": "x", "created": "2026", "inputs": {}}
+    stages = {"sparsify": {"status": "done", "begun": "1"}, "finetune": {"status": "running", "begun": "2"}}
+    write_json(manifest, facts | {"stages": stages})
     one = standing(places, name)
     assert (one.state, one.stage) == ("running", "finetune")
     note(cell, "ended", attempt=1, exit=130, seconds=3.0, stopped=True)
@@ -124,22 +127,54 @@ def test_states_are_read_from_the_files_alone(tmp_path):
     note(cell, "ended", attempt=2, exit=-9, seconds=4.0, stopped=False)
     assert standing(places, name).reason == "killed by signal 9"
     stages = {"sparsify": {"status": "running"}, "report": {"status": "done"}}  # done again from the start
-    write_json(manifest, {"stages": stages})
+    write_json(manifest, facts | {"stages": stages})
     assert standing(places, name).state == "failed"
-    write_json(manifest, {"stages": {stage: {"status": "done"} for stage in stages}})
+    write_json(manifest, facts | {"stages": {stage: {"status": "done"} for stage in stages}})
     assert standing(places, name).state == "done"
-    manifest.write_text("{")
-    assert standing(places, name).state == "failed"
+    for text in ("{", "[]", "{}", '{"inputs": {}, "stages": [1]}', '{"inputs": {}, "stages": {"report": 1}}'):
+        manifest.write_text(text)
+        one = standing(places, name)
+        assert one.state == "failed"
+        assert one.reason is not None
+        assert one.reason.startswith(str(manifest))
+        assert f"delete {places.run(name)}, then `phx sweep resume` begins this run anew" in one.reason
+    note(cell, "begun", attempt=3, pid=os.getpid())
+    note(cell, "ended", attempt=3, exit=0, seconds=4.0, stopped=False)
+    manifest.unlink()
+    assert "is gone" in str(standing(places, name).reason)
 
 
-def test_a_damaged_result_is_that_cell_s_failure(tmp_path):
-    out = tmp_path / "out"
+@pytest.mark.parametrize("file", ["eval.json", "recipe.yaml", "bench.json"])
+def test_a_damaged_result_is_that_cell_s_failure(tmp_path, file):
+    out, cells = tmp_path / "out", sweep().cells
     run_sweep(sweep(), out, resume=False)
-    broken: Path = Places(out).run(sweep().cells[0].name) / "eval.json"
-    values = read_json(broken)
-    values["phoenix"]["accuracy"] = 7
-    write_json(broken, values)
-    run_sweep(sweep(), out, resume=True)
+    places = Places(out)
+    broken: Path = places.run(cells[0].name) / file
+    broken.write_text('{"phoenix": {"accuracy": 7')
+    found = standings(places, [cell.name for cell in cells])
+    assert counts(found)["failed"] == 1
+    assert str(found[0].reason).startswith(str(broken))
+    assert (f"delete {broken.parent}," in str(found[0].reason)) == (file == "recipe.yaml")
+    write_registry(places, cells, found)
     table = pandas.read_csv(out / "registry.csv")
     assert list(table["state"]) == ["failed", "done", "done", "done"]
-    assert "eval.json: accuracy" in table["reason"][0]
+    assert str(broken) in table["reason"][0]
+    assert list(table["accuracy"].isna()) == [True, False, False, False]
+    if file == "eval.json":
+        assert counts(run_sweep(sweep(), out, resume=True))["done"] == 4
+
+
+@pytest.mark.parametrize("text", ["name: [", "- 1", "\x80"])
+def test_a_damaged_sweep_file_is_named_and_can_be_made_anew(tmp_path, text):
+    out = tmp_path / "out"
+    run_sweep(sweep(), out, resume=False)
+    file = out / "sweep.yaml"
+    file.write_text(text, encoding="latin-1")
+    with pytest.raises(PhoenixError) as caught:
+        lay_out(sweep(), Places(out), resume=True)
+    assert str(file) in str(caught.value)
+    assert "delete it, and `phx sweep run`" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    file.unlink()
+    found = run_sweep(sweep(), out, resume=False)
+    assert [one.attempts for one in found] == [1, 1, 1, 1]  # what was done is left

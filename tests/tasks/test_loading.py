@@ -186,7 +186,7 @@ def test_missing_places(folder, tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty")
     with pytest.raises(PhoenixError, match=r"there is no train\.jsonl"):
         load(folder, data=empty)
-    with pytest.raises(PhoenixError, match=r"task\.data: .* is not a folder"):
+    with pytest.raises(PhoenixError, match="its data, .*, is not a folder"):
         load(folder, data=empty / "no")
     (folder / "train.jsonl").unlink()
     with pytest.raises(PhoenixError, match="names no dataset_path"):

@@ -253,3 +253,6 @@ def _require_finite(model: Any, settings: FinetuneSettings) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not torch.isfinite(parameter).all():
             raise lost(f"{name} is no longer finite after the last step", settings.learning_rate)
+    for name, layer in elastic_layers(model).items() if isinstance(model, PeftModel) else ():
+        if not torch.isfinite(layer.merged_weight()).all():
+            raise lost(f"the effective weight of {name} is no longer finite", settings.learning_rate)

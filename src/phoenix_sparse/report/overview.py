@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from phoenix_sparse.report.run_rows import find_runs, run_row
 from phoenix_sparse.report.series import (
     Row,
     by_merge,
+    counted,
     grouped,
     kind_of_merge,
     mean_and_interval,
@@ -45,30 +46,41 @@ class Plot:
     caption: str
 
 
-def build_overview(runs: Path, out: Path, *, command: str | None = None) -> Path:
+def build_overview(
+    runs: Path, out: Path, *, command: str | None = None, tell: Callable[[str], None] | None = None
+) -> Path:
     """Write summary.csv, index.html and published.html about all runs in a directory; give the page's path.
 
     Only what the runs' files hold is shown. Runs that didn't finish are named and counted, and their results, where
-    they have some already, are in summary.csv alone.
+    they have some already, are in summary.csv alone. A run of which a file can't be read is named with the file, and
+    nothing else of it is shown.
 
     Args:
         runs: a run directory, a sweep's directory, or one that holds runs.
         out: the directory to write.
         command: that made the pages, to be shown on them.
+        tell: called with what is wrong with each damaged run.
 
     Raises:
-        PhoenixError: there are no runs, or one of them is damaged.
+        PhoenixError: there are no runs, or none of them has an accuracy.
     """
-    rows = [run_row(directory) for directory in find_runs(runs)]
-    rows.sort(key=lambda row: row["mode"] != "sparse_to_sparse")  # the first series of every plot
+    rows = [_row_or_damage(directory, Path(runs)) for directory in find_runs(runs)]
+    damaged = [row for row in rows if row["damaged"]]
+    if tell is not None:
+        for row in damaged:
+            tell(row["damaged"])
+    rows.sort(key=lambda row: row.get("mode") != "sparse_to_sparse")  # the first series of every plot
     write_text(out / SUMMARY, summary(rows))
     done = [row for row in rows if row["finished"]]
     if not any(row["accuracy"] is not None for row in done):
         raise PhoenixError(
-            f"{runs}: {len(rows)} runs, and none has come to an accuracy yet; {out / SUMMARY} lists them"
+            f"{runs}: {counted(len(rows), 'run')}, and none has come to an accuracy yet; {out / SUMMARY} lists them"
+            + (f"; damaged: {damaged[0]['damaged']}" if damaged else "")
         )
-    shared = {"command": command, "rows": rows, "done": done, "unfinished": [r for r in rows if not r["finished"]]}
+    unfinished = [row for row in rows if not row["finished"] and not row["damaged"]]
+    shared = {"command": command, "rows": rows, "done": done, "unfinished": unfinished, "damaged": damaged}
     templates = environment(escape=True)
+    templates.filters["counted"] = counted
     found = list(sections(done))
     page = templates.get_template("overview.html.j2").render(
         **shared, sections=found, accuracies=accuracy_table(done), costs=cost_table(done), hosts=hosts(done)
@@ -78,6 +90,15 @@ def build_overview(runs: Path, out: Path, *, command: str | None = None) -> Path
     )
     write_text(out / PAGE, page)
     return out / PAGE
+
+
+def _row_or_damage(directory: Path, runs: Path) -> Row:
+    """A run's row; of one with a file that can't be read only which one, its path without the way to the runs."""
+    try:
+        return run_row(directory) | {"damaged": None}
+    except PhoenixError as error:
+        what = str(error).replace(f"{runs}/", "")
+        return {"run": directory.name, "directory": directory.name, "finished": False, "damaged": what}
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -166,7 +187,7 @@ def _way(rows: Sequence[Row]) -> str:
     seeds = {one["seed"] for one in rows}
     band = f"bands: 95% confidence over {len(seeds)} seeds" if len(seeds) > 1 else "one seed, so no band"
     shots = f"{row['num_fewshot']}-shot, {row['metric'].replace(',', ', ')}"
-    return f"{row['split'].capitalize()} split, {row['examples']:,} examples, {shots}; {band}."
+    return f"{row['split'].capitalize()} split, {counted(row['examples'], 'example')}, {shots}; {band}."
 
 
 def accuracy_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -217,7 +238,7 @@ def hosts(rows: Sequence[Row]) -> list[str]:
         gpu = f", {row['host_gpu']}" if row["host_gpu"] else ""
         text = f"{row['host_cpu']}, {row['host_cores']} cores{gpu}; Phoenix {row['phoenix']}{commit}; {versions}"
         found[text] = found.get(text, 0) + 1
-    return [f"{count} runs: {text}" for text, count in found.items()]
+    return [f"{counted(count, 'run')}: {text}" for text, count in found.items()]
 
 
 def _name(prefix: str, text: str) -> str:

@@ -128,6 +128,7 @@ def loss_plot(tunes: Mapping[str, Tune]) -> str | None:
                 losses = _moving_mean(losses, len(points) // 20)
             marker = "o" if len(points) == 1 else None
             axes.plot(steps, losses, color=color, linestyle=line, marker=marker, linewidth=1.8, label=label)
+        axes.margins(y=0.1)
         axes.set_ylim(bottom=0)
         axes.grid(axis="y")
         axes.set_xlabel("optimizer step")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from phoenix_sparse.report.series import Row, by_merge, grouped, mean_and_interval
+from phoenix_sparse.report.series import Row, by_merge, counted, grouped, mean_and_interval
 
 SQFT = "SQFT, arXiv 2501.16372, Table 2"
 SHEARS = "README of Shears, IntelLabs"
@@ -118,7 +118,8 @@ def _differs(figures: Sequence[Figure], rows: Sequence[Row]) -> list[str]:
     found = [f"the model: {theirs} there, {ours} here"]
     shots = sorted({row["num_fewshot"] for row in rows if row.get("num_fewshot") is not None})
     examples = sorted({row["examples"] for row in rows if row.get("examples")})
-    ways = f"{', '.join(map(str, shots))}-shot on {', '.join(f'{count:,}' for count in examples)} examples"
+    of_test = " and ".join(counted(count, "example") for count in examples)
+    ways = f"{', '.join(map(str, shots))}-shot on {of_test}"
     metrics = ", ".join(sorted({str(row["metric"]) for row in rows if row.get("metric")}))
     found.append(f"the measurement: ours is {ways} by lm-eval ({metrics}), theirs as the source says")
     if any(one.source == SHEARS and one.model == "LLaMA-7B" for one in figures):

@@ -206,7 +206,7 @@ def _provenance(facts: Facts, directory: Path) -> Row:
 
 def _shared(directory: Path) -> list[str]:
     """Stages whose outputs another run made."""
-    stages = read_json(directory / MANIFEST)["stages"]
+    stages = read_json(directory / MANIFEST).get("stages", {})
     return [name for name, stage in stages.items() if isinstance(stage, dict) and "shared" in stage]
 
 

@@ -22,6 +22,13 @@ class Point:
     seeds: int
 
 
+def counted(count: int, noun: str) -> str:
+    """A number with its noun, in the plural where it isn't one: 1 run, 2 runs, 3 retries."""
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count:,} {noun[:-1]}ies" if noun.endswith("y") else f"{count:,} {noun}s"
+
+
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
     """The mean, and half the width of its 95% confidence interval by Student's t; None for a single value.
 

@@ -21,6 +21,8 @@ def _look(index: int) -> dict[str, Any]:
         "markersize": 4.5,
         "linewidth": 1.5,
         "markerfacecolor": PAPER if index % 2 else COLORS[index % len(COLORS)],
+        "clip_on": False,  # a point on an axis or at the upper end is drawn whole
+        "zorder": 3,
     }
 
 
@@ -43,6 +45,12 @@ def _draw(axes: Any, points: Sequence[Point], label: str, index: int, factor: fl
 def _sparsity_axis(axes: Any) -> None:
     axes.set_xlabel("sparsity of the pruned linears, %")
     axes.grid()
+
+
+def _from_zero(axes: Any, at_least: float = 0.0) -> None:
+    """Begin the axis of values at 0, with room for a marker above the largest of them and the bands."""
+    top = max(axes.dataLim.y1, at_least)
+    axes.set_ylim(0, 1.06 * top if top > 0 else 1)
 
 
 def method_plot(rows: Sequence[Row], name: str, title: str) -> str | None:
@@ -76,7 +84,7 @@ def _accuracy_plot(lines: Mapping[str, list[Point]], rows: Sequence[Row], name: 
                 axes.axhline(height, color=MUTED, linestyle=style, linewidth=0.9, label=label)
         _sparsity_axis(axes)
         axes.set_ylabel("accuracy, %")
-        axes.set_ylim(0, max(1, axes.get_ylim()[1]))
+        _from_zero(axes, at_least=1)
         axes.legend(title=title, alignment="left", ncols=1, **LEGEND)
         return _svg(figure, name)
 
@@ -196,6 +204,7 @@ def pareto_plot(rows: Sequence[Row], name: str, speed: str) -> str | None:
             axes.annotate(f"{100 * named[x, y]:g}%", (x, y), xytext=(3, 4), textcoords="offset points", fontsize=7.5)
         axes.grid()
         axes.margins(0.08, 0.1)
+        axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))
         label = "decoded tokens a second, times the dense model's (measured)"
         axes.set_xlabel(label if speed == "measured" else "times fewer FLOPs to write a token (counted, not timed)")
         axes.set_ylabel("accuracy, %")
@@ -233,7 +242,7 @@ def _plain(
         if zero:
             axes.axhline(0, color=INK, linewidth=0.9)
         else:
-            axes.set_ylim(bottom=0)
+            _from_zero(axes)
         axes.legend(**LEGEND)
         return _svg(figure, name)
 

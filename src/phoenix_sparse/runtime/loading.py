@@ -47,6 +47,8 @@ def generate(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int = 6
     """Continue a prompt greedily; gives the continuation alone."""
     inputs = tokenizer(prompt, return_tensors="pt").to(model.get_input_embeddings().weight.device)
     start = inputs["input_ids"].shape[1]
+    if not start:
+        raise PhoenixError("generate: the prompt is empty; give some text to continue")
     with torch.inference_mode():
         tokens = model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id

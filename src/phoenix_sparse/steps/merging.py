@@ -46,6 +46,7 @@ def merge(
     else:
         adapted = load_adapter(base, adapter, masks if masked else None)
     before = merging.sample_logits(adapted, rows, tokenizer.pad_token_id)
+    merging.require_finite(before, adapter)
     plain = adapted if whole else merging.merge(adapted, remask=masks if remask else None)
     save_model(plain, tokenizer, out / "merged")
     del adapted, base, plain  # two whole models at once would be the largest need of the run

@@ -49,11 +49,12 @@ def load_sweep(path: Path | str, overrides: Iterable[str] = ()) -> Sweep:
         PhoenixError: the file is wrong, an exclusion matches nothing, or cells are wrong (they are named).
     """
     path = Path(path)
-    settings = check(SweepSettings, override(_read(path), overrides), str(path))
+    settings = check(SweepSettings, override(read_yaml(path), overrides), str(path))
     base = settings.base
-    values = _read(path.parent / base) if isinstance(base, Path) else dict(base)
-    for field in ("name", "seed"):
-        values.pop(field, None)  # a base may be a recipe's file; the cells have their own
+    values = read_yaml(path.parent / base) if isinstance(base, Path) else dict(base)
+    if isinstance(base, Path):
+        for field in ("name", "seed"):
+            values.pop(field, None)  # a recipe's file has them; the cells have their own
     cells, excluded = resolve(settings, values)
     return Sweep(settings.model_copy(update={"base": values}), cells, excluded)
 
@@ -84,7 +85,7 @@ def resolve(settings: SweepSettings, base: Mapping[str, Any]) -> tuple[tuple[Cel
             wrong[name] = str(error).removeprefix(f"{name}: ")
     unused = [dict(one) for index, one in enumerate(settings.exclude) if index not in used]
     if unused:
-        raise PhoenixError(f"exclude: {unused[0]} matches no cell; look at its labels")
+        raise PhoenixError(_tell_unused(settings, unused[0]))
     if wrong:
         raise PhoenixError(_tell(wrong, len(wrong) + len(cells)))
     if not cells:
@@ -110,6 +111,22 @@ def _matches(exclusion: Mapping[str, tuple[Any, ...]], axes: Mapping[str, Any]) 
     return all(any(_same(axes[axis], value) for value in values) for axis, values in exclusion.items())
 
 
+def _tell_unused(settings: SweepSettings, exclusion: Mapping[str, tuple[Any, ...]]) -> str:
+    """What an exclusion names that there isn't, and what there is."""
+    lists = (settings.models, settings.tasks, settings.methods, settings.sparsities, settings.modes, settings.seeds)
+    there = dict(zip(AXES, map(list, lists), strict=True))
+    words = ", ".join(f"{axis}: {_listed(values)}" for axis, values in exclusion.items())
+    wrong = [
+        axis for axis, values in exclusion.items() if not any(_matches({axis: values}, {axis: v}) for v in there[axis])
+    ]
+    known = "; ".join(f"{axis} is one of {_listed(there[axis])}" for axis in wrong)
+    return f"exclude: {words} matches no cell; {known}"
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values) or "(nothing)"
+
+
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, float) and isinstance(other, int | float):
         return math.isclose(one, other, abs_tol=1e-9)
@@ -129,7 +146,12 @@ def _tell(wrong: Mapping[str, str], total: int) -> str:
     return f"{len(wrong)} of {total} cells are wrong: " + "; ".join(parts) + (f"; and {rest} more" if rest else "")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file of keys and values.
+
+    Raises:
+        PhoenixError: naming the file.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

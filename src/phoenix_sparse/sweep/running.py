@@ -11,12 +11,12 @@ from typing import Any
 import yaml
 
 from phoenix_sparse.errors import PhoenixError
-from phoenix_sparse.files import read_text, write_json, write_text
+from phoenix_sparse.files import write_json, write_text
 from phoenix_sparse.recipe import Recipe, dump_recipe, load_recipe
 from phoenix_sparse.sweep.engine_inline import run_inline
 from phoenix_sparse.sweep.engine_parsl import run_parsl
 from phoenix_sparse.sweep.launching import Job, Stop
-from phoenix_sparse.sweep.matrix import Sweep
+from phoenix_sparse.sweep.matrix import Sweep, read_yaml
 from phoenix_sparse.sweep.places import Places
 from phoenix_sparse.sweep.registry import write_registry
 from phoenix_sparse.sweep.status import Standing, standing, standings
@@ -79,7 +79,7 @@ def lay_out(sweep: Sweep, places: Places, *, resume: bool) -> None:
     """Write the cells' recipes, or check that those that lie there are the same.
 
     Raises:
-        PhoenixError: a sweep lies there and `resume` isn't set, or it is another one.
+        PhoenixError: a sweep lies there and `resume` isn't set, or it is another one, or its file is damaged.
     """
     file = places.out / FILE
     mine = _plain(sweep)
@@ -88,9 +88,15 @@ def lay_out(sweep: Sweep, places: Places, *, resume: bool) -> None:
             raise PhoenixError(
                 f"{places.out} holds a sweep already; go on with it by `phx sweep resume`, or give --out"
             )
-        before = yaml.safe_load(read_text(file, "sweep"))
+        try:
+            before = read_yaml(file)
+        except PhoenixError as error:
+            raise PhoenixError(
+                f"{error}; delete it, and `phx sweep run` with the file that the sweep was begun with goes on from the "
+                "runs that lie there"
+            ) from error
         for field in mine:
-            if field not in FREE and (not isinstance(before, dict) or before.get(field) != mine[field]):
+            if field not in FREE and before.get(field) != mine[field]:
                 raise PhoenixError(
                     f"{places.out} is a sweep with another {field}; give another directory with --out, or the file "
                     "that it was begun with"

@@ -1,10 +1,11 @@
 """What a sweep file says: the axes of the matrix, what is left out, and where the runs go."""
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from phoenix_sparse.settings import Settings
 
@@ -15,6 +16,8 @@ SECTIONS = (
     *("finetune", "distill", "evolve", "search", "evaluate", "perplexity"),
 )
 Labelled = dict[str, dict[str, Any]]
+OWN_NAME = "a run is named by its cell, such as small-gsm8k-wanda-50-s2s-s0"
+GPU = r"(?:\d+|(?:GPU|MIG)-[\w/-]+)"
 
 
 class LocalSettings(Settings):
@@ -27,12 +30,19 @@ class ClusterSettings(Settings):
     """What PBS Pro and Slurm have in common: jobs ("blocks") of one or more nodes that come and go with the work."""
 
     account: str | None = None
-    walltime: str = Field("01:00:00", pattern=r"^\d{1,3}:[0-5]\d:[0-5]\d$", description="of a job, HH:MM:SS")
+    walltime: str = Field("01:00:00", description="of a job, HH:MM:SS")
     nodes: int = Field(1, ge=1, description="nodes of a job")
     jobs: int = Field(1, ge=1, description="jobs at once, at most")
     cpus: int | None = Field(None, ge=1, description="CPUs of a node")
     scheduler_options: str = Field("", description="lines put on top of the job's script")
     worker_init: str = Field("", description="shell commands before a worker starts, such as loading a module")
+
+    @field_validator("walltime")
+    @classmethod
+    def _is_a_time(cls, value: str) -> str:
+        if not re.fullmatch(r"\d{1,3}:[0-5]\d:[0-5]\d", value):
+            raise ValueError("needs hours, minutes and seconds in quotes, such as '01:30:00'")
+        return value
 
 
 class SlurmSettings(ClusterSettings):
@@ -67,7 +77,14 @@ class EngineSettings(Settings):
     def _as_text(cls, value: Any) -> Any:
         """Numbers, or names as CUDA_VISIBLE_DEVICES takes them."""
         names = [str(one) for one in value] if isinstance(value, list | tuple) else value
-        if isinstance(names, list) and len(set(names)) < len(names):
+        if not isinstance(names, list):
+            raise ValueError("needs a list of GPUs, such as [0, 1]")
+        for name in names:
+            if not re.fullmatch(f"{GPU}(?:,{GPU})*", name):
+                raise ValueError(
+                    f"{name!r} is no GPU; give numbers from 0 on, such as [0, 1], or names such as GPU-1a2b"
+                )
+        if len(set(names)) < len(names):
             raise ValueError("names a GPU twice; give each once")
         return names
 
@@ -81,20 +98,44 @@ class EngineSettings(Settings):
 class SweepSettings(Settings):
     """A sweep file. An axis is a list of values, or labels with the values of recipe fields that they stand for."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the sweep's directory: sweeps/<name>")
+    name: str = Field(description="names the sweep's directory: sweeps/<name>")
     base: Path | dict[str, Any] = Field({}, description="what all runs share: a recipe's values, or a recipe's file")
     models: Labelled = Field(
         description="[demo], or {small: DIRECTORY}, or {small: {model: DIRECTORY, dtype: bfloat16}}"
     )
     tasks: Labelled = Field(description="[gsm8k], or {gsm8k: {task.data: FOLDER, finetune.epochs: 4}}")
     methods: Labelled = Field(description="{wanda: {importance: wanda}, blocks: {importance: wanda, pattern: 16x1}}")
-    sparsities: tuple[float, ...] = Field((0.5,), min_length=1)
+    sparsities: tuple[float, ...] = (0.5,)
     modes: Labelled = Field({"s2s": {"finetune.mode": "sparse_to_sparse"}}, description="[sparse_to_sparse]")
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    seeds: tuple[int, ...] = (0,)
     exclude: tuple[dict[str, tuple[Any, ...]], ...] = Field((), description="[{method: blocks, sparsity: [0.8, 0.9]}]")
     retries: int = Field(1, ge=0, description="how often a run that died is taken up again")
     share: bool = Field(True, description="compute what runs have in common once")
     engine: EngineSettings = EngineSettings()
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_directory_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError("use letters, digits, dots, dashes and underscores, such as my-sweep")
+        return name
+
+    @field_validator("base")
+    @classmethod
+    def _cells_have_their_own(cls, base: Path | dict[str, Any]) -> Path | dict[str, Any]:
+        if isinstance(base, dict) and "name" in base:
+            raise ValueError(f"leave out its name ({base['name']}); {OWN_NAME}")
+        if isinstance(base, dict) and "seed" in base:
+            raise ValueError(f"leave out its seed; seeds are an axis of their own, such as seeds: [{base['seed']}]")
+        return base
+
+    @field_validator("sparsities", "seeds", mode="before")
+    @classmethod
+    def _not_empty(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, list | tuple) or not value:
+            example = "[0.3, 0.5]" if info.field_name == "sparsities" else "[0, 1]"
+            raise ValueError(f"needs a list of one or more numbers, such as {example}")
+        return value
 
     @field_validator("models", mode="before")
     @classmethod
@@ -160,6 +201,8 @@ def _labelled(value: Any, field: str, label: Any) -> Labelled:
             raise ValueError(f"two values have the label {name!r}; give labels of your own, such as {{first: …}}")
         if not name or not all(letter.isalnum() or letter in "._" for letter in name):
             raise ValueError(f"the label {name!r} goes into names of directories; use letters, digits, dots and _")
+        if isinstance(one, Mapping) and "name" in one:
+            raise ValueError(f"leave out the name in {name}; {OWN_NAME} (a task's is task.name)")
         found[name] = dict(_dotted(one)) if isinstance(one, Mapping) else {field: one}
     if not found:
         raise ValueError("is empty; give at least one value")

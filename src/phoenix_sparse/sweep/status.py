@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import read_json
-from phoenix_sparse.runs import MANIFEST
+from phoenix_sparse.report.run_rows import run_row
+from phoenix_sparse.runs import MANIFEST, RECIPE
 from phoenix_sparse.sweep.places import Places, attempts, is_alive, reason
 
 State = Literal["done", "running", "stopped", "failed", "waiting"]
@@ -24,7 +25,7 @@ class Standing:
     stage: str | None  # the one that runs, or that was the last to begin
     attempts: int
     seconds: float | None  # of its processes, all attempts together; None while one's end isn't known
-    reason: str | None  # why it failed, with the last lines of its log
+    reason: str | None  # why it failed, with the last lines of its log, or which of its files can't be read
 
 
 def standings(places: Places, names: Iterable[str]) -> list[Standing]:
@@ -33,32 +34,61 @@ def standings(places: Places, names: Iterable[str]) -> list[Standing]:
 
 
 def standing(places: Places, name: str) -> Standing:
+    """The state of one cell. A run with a file that can't be read isn't done, whatever its processes said."""
     cell, tried = places.cell(name), attempts(places.cell(name))
-    stages = read_stages(places.run(name))
+    stages, damage = read_stages(places.run(name))
     stage = max(stages, key=lambda one: str(stages[one].get("begun", "")), default=None)
     known = [attempt.get("seconds") for attempt in tried]
     seconds = sum(one for one in known if one is not None) if known and None not in known else None
     last = tried[-1] if tried else None
     if last is not None and is_alive(last):
         return Standing(name, "running", stage, len(tried), None, None)
+    damage = damage or (damaged_result(places.run(name)) if is_finished(stages) else None)
+    if damage is not None:
+        return Standing(name, "failed", stage, len(tried), seconds, damage)
     if is_finished(stages):
         return Standing(name, "done", stage, len(tried), seconds, None)
     if last is None:
         return Standing(name, "stopped" if stages else "waiting", stage, 0, None, None)
     if last.get("stopped") or last.get("exit") == 130:
         return Standing(name, "stopped", stage, len(tried), seconds, None)
+    if last.get("exit") == 0 and not stages:  # its process said that all went well
+        gone = f"{places.run(name)} is gone; `phx sweep resume` begins this run anew"
+        return Standing(name, "failed", stage, len(tried), seconds, gone)
     return Standing(name, "failed", stage, len(tried), seconds, reason(cell, last))
 
 
-def read_stages(run: Path) -> dict[str, Any]:
-    """A run's stages as its manifest has them; none where there is no run yet."""
-    if not (run / MANIFEST).is_file():
-        return {}
+def read_stages(run: Path) -> tuple[dict[str, Any], str | None]:
+    """A run's stages as its manifest has them, none where there is no run yet; and what is wrong with the manifest."""
+    path = run / MANIFEST
+    if not path.is_file():
+        return {}, None
     try:
-        stages = read_json(run / MANIFEST)["stages"]
-    except (PhoenixError, KeyError, TypeError):
-        return {}
-    return {name: one for name, one in stages.items() if isinstance(one, dict)} if isinstance(stages, dict) else {}
+        manifest = read_json(path)
+        stages = manifest["stages"]
+        if isinstance(manifest["inputs"], dict) and all(isinstance(one, dict) for one in stages.values()):
+            return stages, None
+        what = f"{path} is no run's manifest"
+    except PhoenixError as error:
+        what = str(error)
+    except (KeyError, TypeError, AttributeError):
+        what = f"{path} is no run's manifest"
+    return {}, f"{what}; delete {run}, then `phx sweep resume` begins this run anew"
+
+
+def damaged_result(run: Path) -> str | None:
+    """Which file of a finished run can't be read, and what mends it."""
+    try:
+        run_row(run)
+    except PhoenixError as error:
+        text = str(error)
+        if text.startswith(str(run / RECIPE)):  # without it nobody knows what the run is
+            return f"{text}; delete {run}, then `phx sweep resume` begins this run anew"
+        if text.startswith(str(run / "bench.json")):  # no part of the sweep's own work
+            return f"{text}; delete it, or measure anew by `phx bench`"
+        first = "" if text.startswith(str(run)) else "delete it, then "  # a stage sees that its output isn't whole
+        return f"{text}; {first}`phx sweep resume` makes it anew"
+    return None
 
 
 def is_finished(stages: Mapping[str, Mapping[str, Any]]) -> bool:

@@ -162,7 +162,9 @@ def _read_splits(definition: Definition, settings: TaskSettings) -> tuple[dict[s
     names["train"] = config.get("training_split") or "train"
     folder = settings.data or definition.folder
     if settings.data is not None and not settings.data.is_dir():
-        raise PhoenixError(f"task.data: {settings.data} is not a folder; it should hold <split>.jsonl")
+        raise PhoenixError(
+            f"task {definition.name}: its data, {settings.data}, is not a folder; it should hold <split>.jsonl"
+        )
     if folder is not None and (settings.data is not None or (folder / f"{names['train']}.jsonl").is_file()):
         found = _read_folder(folder, names)
         sources = {path.name: sha256(path) for path in found.values()}
@@ -195,7 +197,7 @@ def _read_hub(definition: Definition, names: dict[str, str | None]) -> tuple[dic
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
         raise PhoenixError(
             f"task {definition.name}: the data set {path} can't be had from the hub ({reason}); "
-            "give a folder of <split>.jsonl as task.data (a command: --data)"
+            "give a folder of <split>.jsonl as its data (task.data, or data of an entry; a command: --data)"
         ) from error
     rows: dict[str, list[Row]] = {}
     sources: dict[str, str] = {}
