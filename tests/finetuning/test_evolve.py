@@ -243,7 +243,10 @@ def test_a_run_with_a_teacher_and_an_evolving_mask(tmp_path, model_directory, ta
     [
         ({"sparsify": {"pattern": "2:4"}, "finetune": {"evolve": {}}}, "which would break sparsify.pattern=2:4"),
         ({"finetune": {"distill": {"teacher": "nowhere"}}}, "nowhere is no directory; give dense_lora"),
-        ({"finetune": {"distill": {}, "method": "full"}}, "evaluate.dense_lora_learning_rate: the teacher"),
+        (
+            {"finetune": {"distill": {}, "method": "full"}},
+            "evaluate.dense_lora_learning_rate: the dense LoRA is an adapter",
+        ),
     ],
 )
 def test_a_recipe_is_told_before_the_work(model_directory, task_directory, section, words):
