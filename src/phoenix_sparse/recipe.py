@@ -2,19 +2,18 @@
 
 import copy
 import difflib
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError
 
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.evaluation.settings import EvaluateSettings
 from phoenix_sparse.finetuning.settings import FinetuneSettings, SearchSettings
 from phoenix_sparse.pruning.settings import SparsifySettings
-from phoenix_sparse.settings import Device, Dtype, Settings
+from phoenix_sparse.settings import Device, DirectoryName, Dtype, Settings
 from phoenix_sparse.tasks.settings import TaskSettings
 
 S = TypeVar("S", bound=Settings)
@@ -23,7 +22,7 @@ S = TypeVar("S", bound=Settings)
 class Recipe(Settings):
     """A run: a model, a task, and the three steps between them and the evidence."""
 
-    name: str = Field(description="names the run directory: runs/<name>")
+    name: DirectoryName = Field(description="names the run directory: runs/<name>")
     model: str = Field(description="a Hugging Face model directory, a hub name, or demo")
     task: TaskSettings = Field(description="a built-in task or a folder with task.yaml, or a section with name")
     seed: int = Field(0, ge=0, lt=2**32)
@@ -35,13 +34,6 @@ class Recipe(Settings):
     finetune: FinetuneSettings = FinetuneSettings()
     search: SearchSettings = SearchSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
-
-    @field_validator("name")
-    @classmethod
-    def _is_a_directory_name(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise ValueError("use letters, digits, dots, dashes and underscores, such as llama-gsm8k-50")
-        return name
 
 
 def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:

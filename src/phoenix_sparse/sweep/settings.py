@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from phoenix_sparse.settings import Settings
+from phoenix_sparse.settings import DirectoryName, Settings
 
 AXES = ("model", "task", "method", "sparsity", "mode", "seed")
 MODES = {"sparse_to_sparse": "s2s", "sparse_to_dense": "s2d"}
@@ -98,7 +98,7 @@ class EngineSettings(Settings):
 class SweepSettings(Settings):
     """A sweep file. An axis is a list of values, or labels with the values of recipe fields that they stand for."""
 
-    name: str = Field(description="names the sweep's directory: sweeps/<name>")
+    name: DirectoryName = Field(description="names the sweep's directory: sweeps/<name>")
     base: Path | dict[str, Any] = Field({}, description="what all runs share: a recipe's values, or a recipe's file")
     models: Labelled = Field(
         description="[demo], or {small: DIRECTORY}, or {small: {model: DIRECTORY, dtype: bfloat16}}"
@@ -112,13 +112,6 @@ class SweepSettings(Settings):
     retries: int = Field(1, ge=0, description="how often a run that died is taken up again")
     share: bool = Field(True, description="compute what runs have in common once")
     engine: EngineSettings = EngineSettings()
-
-    @field_validator("name")
-    @classmethod
-    def _is_a_directory_name(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise ValueError("use letters, digits, dots, dashes and underscores, such as my-sweep")
-        return name
 
     @field_validator("base")
     @classmethod
