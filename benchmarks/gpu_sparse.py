@@ -4,7 +4,7 @@
 
 Launches are captured in a graph and replayed; each launch takes another copy of the weights, of which there are so many
 that no copy is still in the level-2 cache when its turn comes again. Times are medians of replays. `limit` is what
-reading the weights once would take at the bandwidth of a long device-to-device copy measured beside. Before anything is
+reading the weights once would take at the bandwidth of a long sum measured beside. Before anything is
 timed, products are compared with float64 on other shapes, and two launches with each other.
 """
 
@@ -30,7 +30,7 @@ SHAPES = [(14336, 4096), (4096, 14336), (6144, 4096), (28672, 4096)]
 CHECKED = [(64, 256, 0.5), (33, 130, 0.3), (300, 5000, 0.5), (16, 64, 1.0), (1, 8, 0.5), (1000, 1000, 0.05),
            (2000, 9000, 0.6), (48, 64, 0.0)]  # fmt: skip
 COLD = 130_000_000  # bytes that pass between two uses of a copy, twice the level-2 cache
-CEILING = 2**30  # bytes of the copy that bandwidth is measured with
+CEILING = 2**30  # bytes of the sum that bandwidth is measured with
 
 Launch = Callable[[], object]
 
@@ -79,6 +79,7 @@ def _copies(layout: Layout, count: int) -> list[Layout]:
 
 def microseconds(launches: list[Launch], repeats: int) -> float:
     """Of one launch: the median over replays of a graph of them."""
+    torch.cuda.synchronize()  # kernels begin to read weights before what runs ahead of them has ended
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         for launch in launches:
@@ -102,10 +103,9 @@ def microseconds(launches: list[Launch], repeats: int) -> float:
 
 
 def bandwidth(repeats: int) -> float:
-    """Bytes a second of a long copy, read and written."""
-    source = torch.ones(CEILING, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * CEILING / (microseconds([lambda: target.copy_(source)], repeats) * 1e-6)
+    """Bytes a second of a long sum: nothing but reading, as the products."""
+    source = torch.randn(CEILING // 4, device="cuda")
+    return CEILING / (microseconds([source.sum], repeats) * 1e-6)
 
 
 def _one(
@@ -145,7 +145,7 @@ def measure(
     """A row for each shape, density and batch; printed as they come."""
     rows: list[dict[str, Any]] = []
     limit = bandwidth(repeats)
-    print(f"copying: {limit / 1e12:.2f} TB/s", flush=True)
+    print(f"reading: {limit / 1e12:.2f} TB/s", flush=True)
     for out, columns in shapes:
         weight = torch.randn(out, columns, device="cuda", dtype=torch.bfloat16)
         dense = [weight.clone() for _ in range(max(2, -(-COLD // weight.nbytes)))]

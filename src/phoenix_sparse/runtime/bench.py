@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.models import prunable_linears
 from phoenix_sparse.progress import Progress
-from phoenix_sparse.runtime.cuda.linear import CudaLinear, prove, wanted
+from phoenix_sparse.runtime.cuda.linear import CudaLinear, prepare
+from phoenix_sparse.runtime.decoding import Decoder
 from phoenix_sparse.runtime.loading import open_model
 from phoenix_sparse.runtime.packed import pack, quantize
 from phoenix_sparse.runtime.packing import Values
@@ -112,7 +113,10 @@ def measure(
 
 
 class Pair:
-    """One model of which the linears can be swapped: dense, or packed. Both forms are in memory."""
+    """One model of which the linears can be swapped: dense, or packed. Both forms are in memory.
+
+    Where packed linears are fused for the GPU's kernels, the dense form is fused likewise.
+    """
 
     def __init__(self, model: Any, values: Values) -> None:
         """Take a dense model or a packed one.
@@ -122,41 +126,49 @@ class Pair:
         """
         self.model = model.eval()
         self.forms: dict[str, dict[str, Any]] = {"dense": {}, "sparse": {}}
-        for name, module in model.named_modules():
-            if isinstance(module, SparseLinear | CudaLinear):
-                self.forms["sparse"][name] = module
-                self.forms["dense"][name] = _dense(module)
-        if not self.forms["sparse"]:
-            for name, linear in prunable_linears(model).items():
-                packed = pack(linear.weight.bfloat16() if values == "bf16" else linear.weight)
-                packed = quantize(packed) if values == "int8" else packed
-                if sum(part.nbytes for part in packed.tensors().values()) < linear.weight.nbytes:
-                    sparse = SparseLinear.of(packed, linear.weight.dtype, linear.bias)
-                    self.forms["dense"][name] = linear
-                    self.forms["sparse"][name] = sparse.to(linear.weight.device)
+        before: dict[str, nn.Linear] = {}
+        if not _packed_linears(model):
+            before = _pack_linears(model, values)
+        prepare(model, model.get_input_embeddings().weight.device)
+        for name, module in _packed_linears(model).items():
+            self.forms["sparse"][name] = module
+            self.forms["dense"][name] = before[name] if name in before else _dense(module)
         if not self.forms["sparse"]:
             raise PhoenixError("bench: no linear of this model is sparse enough to be packed; prune it first")
-        for name, module in self.forms["sparse"].items():
-            if isinstance(module, SparseLinear) and wanted(module.bitmask.device):
-                prove(module.bitmask.device, module.weight.dtype)
-                self.forms["sparse"][name] = CudaLinear.of(module)
 
     @contextmanager
     def as_(self, form: str) -> Iterator[Any]:
         """The model in one form."""
-        self._put(form)
-        yield self.model
-
-    def _put(self, form: str) -> None:
         for name, module in self.forms[form].items():
-            parent, _, leaf = name.rpartition(".")
-            setattr(self.model.get_submodule(parent), leaf, module)
+            _put(self.model, name, module)
+        yield self.model
 
     def bytes(self, form: str) -> int:
         """Of all weights in one form; tied ones once."""
         with self.as_(form) as model:
             tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if t.numel()}
         return sum(tensors.values())
+
+
+def _packed_linears(model: nn.Module) -> dict[str, SparseLinear | CudaLinear]:
+    return {name: part for name, part in model.named_modules() if isinstance(part, SparseLinear | CudaLinear)}
+
+
+def _pack_linears(model: nn.Module, values: Values) -> dict[str, nn.Linear]:
+    """Put the packed form in the place of every linear that is smaller so; the linears that were there."""
+    before = {}
+    for name, linear in prunable_linears(model).items():
+        packed = pack(linear.weight.bfloat16() if values == "bf16" else linear.weight)
+        packed = quantize(packed) if values == "int8" else packed
+        if sum(part.nbytes for part in packed.tensors().values()) < linear.weight.nbytes:
+            before[name] = linear
+            _put(model, name, SparseLinear.of(packed, linear.weight.dtype, linear.bias).to(linear.weight.device))
+    return before
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
 
 
 def _dense(module: SparseLinear | CudaLinear) -> nn.Linear:
@@ -177,7 +189,7 @@ def _values(module: SparseLinear | CudaLinear) -> Tensor:
 def _weight_bytes(module: SparseLinear | CudaLinear) -> int:
     if isinstance(module, CudaLinear):
         return module.nbytes
-    return sum(part.nbytes for part in module.packed.tensors().values())
+    return sum(part.nbytes for part in module.buffers())
 
 
 @torch.inference_mode()
@@ -197,14 +209,15 @@ def throughput(
         pair: the model in both forms.
         batches: sequences at once.
         prompt: tokens of each prompt (random ones: the speed doesn't depend on them).
-        tokens: decoded after it, one at a time, with a cache that grows.
+        tokens: decoded after it, one at a time (see `decoding.Decoder`).
         repeats: of each measurement.
         seed: of the tokens.
         progress: called with (what, done, all).
 
     Returns:
         A row for each batch: for `prefill` and `decode`, `tokens_per_second` of each form with its quartiles, and the
-        ratio sparse / dense (the median over repeats); on a GPU the peak memory of each form, bytes.
+        ratio sparse / dense (the median over repeats); `captured`, whether a form's step was replayed from a CUDA
+        graph; on a GPU `peak_bytes`, the most memory that a form takes: its weights, and what decoding allocates.
     """
     device = pair.model.get_input_embeddings().weight.device
     vocabulary, generator = pair.model.config.vocab_size, torch.Generator().manual_seed(seed)
@@ -213,14 +226,17 @@ def throughput(
         ids = torch.randint(0, vocabulary, (batch, prompt), generator=generator).to(device)
         seconds: dict[str, dict[str, list[float]]] = {"prefill": {}, "decode": {}}
         peaks: dict[str, int | None] = {}
-        for repeat in range(repeats + 1):  # the first warms up
+        decoders: dict[str, Decoder] = {}
+        for form in pair.forms:  # warms up as well
+            with pair.as_(form) as model:
+                decoders[form], peaks[form] = _first(model, ids, tokens, pair.bytes(form), device)
+        for repeat in range(repeats):
             for form in ("dense", "sparse") if repeat % 2 == 0 else ("sparse", "dense"):
-                with pair.as_(form) as model:
-                    times, peaks[form] = _generate(model, ids, tokens, device)
-                if repeat:
-                    for phase, value in times.items():
+                with pair.as_(form):
+                    for phase, value in _generate(decoders[form], ids, tokens, device).items():
                         seconds[phase].setdefault(form, []).append(value)
         row: dict[str, Any] = {"batch": batch, "prompt": prompt, "tokens": tokens, "peak_bytes": peaks}
+        row["captured"] = {form: decoder.captured for form, decoder in decoders.items()}
         for phase, count in (("prefill", batch * prompt), ("decode", batch * tokens)):
             found = seconds[phase]
             ratios = [dense / sparse for dense, sparse in zip(found["dense"], found["sparse"], strict=True)]
@@ -234,22 +250,30 @@ def throughput(
     return rows
 
 
-def _generate(model: Any, ids: Tensor, tokens: int, device: torch.device) -> tuple[dict[str, float], int | None]:
+def _first(model: Any, ids: Tensor, tokens: int, weights: int, device: torch.device) -> tuple[Decoder, int | None]:
+    """A decoder after its first run, and the most memory that it took with so many bytes of weights (on a GPU)."""
     gc.collect()
+    before = 0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    decoder = Decoder(model, len(ids), ids.shape[1] + tokens)
+    _generate(decoder, ids, tokens, device)
+    if device.type != "cuda":
+        return decoder, None
+    return decoder, int(torch.cuda.max_memory_allocated(device)) - before + weights
+
+
+def _generate(decoder: Decoder, ids: Tensor, tokens: int, device: torch.device) -> dict[str, float]:
+    gc.collect()
     _wait(device)
     start = time.perf_counter()
-    output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    decoder.prefill(ids)
     _wait(device)
     middle = time.perf_counter()
-    for _ in range(tokens):
-        chosen = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=chosen, past_key_values=output.past_key_values, use_cache=True)
+    decoder.advance(tokens)
     _wait(device)
-    end = time.perf_counter()
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return {"prefill": middle - start, "decode": end - middle}, peak
+    return {"prefill": middle - start, "decode": time.perf_counter() - middle}
 
 
 @torch.inference_mode()

@@ -9,6 +9,8 @@ from phoenix_sparse.errors import PhoenixError, first_line
 from phoenix_sparse.files import read_json
 from phoenix_sparse.models import LIBRARY_ERRORS, choose_dtype, find_device, load_config, load_model
 from phoenix_sparse.runtime.cuda.linear import prepare
+from phoenix_sparse.runtime.decodable import context_of, refusal
+from phoenix_sparse.runtime.decoding import Decoder
 from phoenix_sparse.runtime.packing import read_config
 from phoenix_sparse.settings import Device, Dtype
 
@@ -44,15 +46,27 @@ def load(directory: Path | str, dtype: Dtype = "auto", device: Device = "auto") 
 
 
 def generate(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int = 64) -> str:
-    """Continue a prompt greedily; gives the continuation alone."""
+    """Continue a prompt greedily, within the model's context; gives the continuation alone.
+
+    By `decoding.Decoder`; models that it can't decode (`decodable.refusal`) go through transformers' own loop.
+
+    Raises:
+        PhoenixError: the prompt is empty, or fills the model's context.
+    """
     inputs = tokenizer(prompt, return_tensors="pt").to(model.get_input_embeddings().weight.device)
-    start = inputs["input_ids"].shape[1]
+    start, context = inputs["input_ids"].shape[1], context_of(model)
     if not start:
         raise PhoenixError("generate: the prompt is empty; give some text to continue")
-    with torch.inference_mode():
-        tokens = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
-        )
+    if context is not None and start >= context:
+        raise PhoenixError(f"generate: the prompt has {start} tokens, and the model's context {context}; shorten it")
+    length = start + max_new_tokens if context is None else min(start + max_new_tokens, context)
+    if refusal(model) is None:
+        tokens = Decoder(model, 1, length).generate(inputs["input_ids"], max_new_tokens)
+    else:
+        with torch.inference_mode():
+            tokens = model.generate(
+                **inputs, max_new_tokens=length - start, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            )
     return str(tokenizer.decode(tokens[0, start:], skip_special_tokens=True))
 
 

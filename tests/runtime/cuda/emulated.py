@@ -1,4 +1,4 @@
-"""kernels.cu, compiled for the CPU with the emulator in place of CUDA's instructions."""
+"""The kernels' sources, compiled for the CPU with the emulator in place of CUDA's instructions."""
 
 import ctypes
 import functools
@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from phoenix_sparse.runtime.cuda import compiling
+from phoenix_sparse.runtime.cuda import compiling, scattered_product
 from phoenix_sparse.runtime.cuda.layout import TILE_COLUMNS, Layout
 from phoenix_sparse.runtime.cuda.product import macros, shape_of
+from phoenix_sparse.runtime.cuda.scattered import Scattered
 
 HERE = Path(__file__).parent
 ENTRY = """
@@ -29,18 +30,32 @@ extern "C" long run_expand(int grid, bool late, void** p, Shape shape) {
     });
 }
 """
+SCATTERED_ENTRY = """
+extern "C" long run_linear(int grid, bool late, void** p, Shape shape) {
+    return launch(grid, NW * 32, [=] {
+        phx_scattered((uint4*)p[0], (uint2*)p[1], (uint4*)p[2], (int*)p[3], (int*)p[4], (int4*)p[5], (u16*)p[6],
+                      (float*)p[7], (float*)p[8], (u16*)p[9], (float*)p[10], (u32*)p[11], shape);
+    });
+}
+extern "C" long run_expand(int grid, bool late, void** p, Shape shape) {
+    return launch(grid, NW * 32, [=] {
+        phx_scattered_expand((uint4*)p[0], (uint2*)p[1], (uint4*)p[2], (int*)p[3], (int*)p[4], (int4*)p[5], (u16*)p[6],
+                             shape);
+    });
+}
+"""
 
 
 @functools.cache
-def library(options: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
-    source = compiling.SOURCE.read_text(encoding="utf-8")
+def library(options: tuple[tuple[str, int], ...], path: Path = compiling.SOURCE, entry: str = ENTRY) -> ctypes.CDLL:
+    source = path.read_text(encoding="utf-8")
     source, cuts = re.subn(r"// -- instructions.*?// -- end of instructions\n", "", source, flags=re.DOTALL)
     assert cuts == 1
     source = source.replace("typedef unsigned short u16;", "").replace("typedef unsigned int u32;", "")
     source = source.replace("__shared__ u32 arrived", "static u32 arrived").replace("#pragma unroll", "//")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernels.cpp"
-        file.write_text(f'#include <algorithm>\n#include "{HERE}/emulator.h"\n{source}\n{ENTRY}', encoding="utf-8")
+        file.write_text(f'#include <algorithm>\n#include "{HERE}/emulator.h"\n{source}\n{entry}', encoding="utf-8")
         done = subprocess.run(
             ["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-fno-strict-aliasing", "-w"]
             + [f"-D{name}={value}" for name, value in options]
@@ -76,3 +91,30 @@ def expand(layout: Layout, late: bool) -> torch.Tensor:
     dense = torch.full((layout.shape[0], layout.blocks * TILE_COLUMNS), float("nan"), dtype=layout.values.dtype)
     _run("run_expand", layout, 1, late, 1, dense)
     return dense
+
+
+def _run_scattered(name: str, layout: Scattered, batch: int, pitch: int, *tensors: torch.Tensor | None) -> None:
+    parts = [layout.values, layout.deltas, layout.starts, layout.rows, layout.lengths, layout.warps, *tensors]
+    pointers = (ctypes.c_void_p * len(parts))(*[None if part is None else part.data_ptr() for part in parts])
+    options = tuple(scattered_product.macros(layout, batch).items())
+    run = getattr(library(options, scattered_product.SOURCE, SCATTERED_ENTRY), name)
+    assert run(layout.grid, False, pointers, scattered_product.shape_of(layout, batch, pitch)) == 0
+
+
+def multiply_scattered(x: torch.Tensor, layout: Scattered, scales=None, bias=None) -> torch.Tensor:
+    """One launch: at most 16 rows of x."""
+    batch, out = x.shape[0], layout.shape[0]
+    x = scattered_product.padded(x)
+    y = torch.full((batch, out), float("nan"), dtype=x.dtype)
+    parts = torch.full((layout.slabs * batch * out,), float("nan"))
+    counters = torch.zeros(out, dtype=torch.int32)
+    _run_scattered("run_linear", layout, batch, x.shape[1], x, scales, bias, y, parts, counters)
+    assert not counters.any()
+    return y
+
+
+def expand_scattered(layout: Scattered) -> torch.Tensor:
+    pitch = layout.shape[1] + 8 - layout.shape[1] % 8
+    dense = torch.full((layout.shape[0], pitch), float("nan"), dtype=layout.values.dtype)
+    _run_scattered("run_expand", layout, 1, pitch, dense)
+    return dense[:, : layout.shape[1]]

@@ -1,6 +1,6 @@
-// CUDA on a CPU, as much of it as kernels.cu uses: threads are fibers that meet at barriers, warps run in an order drawn
-// anew each time, and asynchronous copies happen either as they are issued or as late as their wait allows. Both
-// extremes give right results only if nothing is overwritten too early or read too soon.
+// CUDA on a CPU, as much of it as kernels.cu and scattered.cu use: threads are fibers that meet at barriers, warps run
+// in an order drawn anew each time, and asynchronous copies happen either as they are issued or as late as their wait
+// allows. Both extremes give right results only if nothing is overwritten too early or read too soon.
 
 #include <ucontext.h>
 
@@ -27,6 +27,11 @@ struct uint2 {
 struct int4 {
     int x, y, z, w;
 };
+struct float2 {
+    float x, y;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 struct Index {
     unsigned x, y, z;
@@ -92,12 +97,16 @@ static u32 read16(u32 a) {
     memcpy(&v, memory + a, 2);
     return v;
 }
-static uint2 read64(u32 a) {
-    check(a, 8);
-    uint2 v;
-    memcpy(&v, memory + a, 8);
+template <typename T>
+static T read(u32 a) {
+    check(a, sizeof(T));
+    T v;
+    memcpy(&v, memory + a, sizeof v);
     return v;
 }
+static u32 read32(u32 a) { return read<u32>(a); }
+static uint2 read64(u32 a) { return read<uint2>(a); }
+static uint4 read128(u32 a) { return read<uint4>(a); }
 static void copy16(u32 to, const void* from) { issue(to, from, 16); }
 static void copy8(u32 to, const void* from) { issue(to, from, 8); }
 static void commit() {
@@ -113,6 +122,8 @@ static void wait() {
         f.groups.erase(f.groups.begin());
     }
 }
+static void launch_next() {}
+static void await_previous() {}
 static u32 dot(u32 a, u32 b, u32 c) {
     for (int i = 0; i < 4; ++i) c += (a >> 8 * i & 255) * (b >> 8 * i & 255);
     return c;
@@ -178,6 +189,30 @@ static T __ldg(const T* p) {
     if ((uintptr_t)p % sizeof(T)) ++outside;
     return *p;
 }
+static uint4 fetch128(const uint4* p) { return __ldg(p); }
+static uint2 fetch64(const uint2* p) { return __ldg(p); }
+static u32 latest(const u32* p) { return __ldg(p); }
+static float latest(const float* p) { return *p; }
+static u32 passed[1024];  // by thread: what it shows the others of its warp
+static u32 broadcast(u32 v, int lane) {
+    passed[current] = v;
+    meet(WARP);
+    v = passed[current / 32 * 32 + lane];
+    meet(WARP);
+    return v;
+}
+static float __uint_as_float(u32 bits) {
+    float v;
+    memcpy(&v, &bits, 4);
+    return v;
+}
+static float exchange(float v, int bit) {
+    u32 bits;
+    memcpy(&bits, &v, 4);
+    return __uint_as_float(broadcast(bits, current % 32 ^ bit));
+}
+static float low(u32 pair) { return widen(pair & 0xffff); }
+static float high(u32 pair) { return widen(pair >> 16); }
 static float __ldcg(const float* p) { return *p; }
 static void __stcg(float* p, float v) { *p = v; }
 static u32 atomicAdd(u32* p, u32 v) {

@@ -7,7 +7,7 @@ from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.runtime.cuda import compiling
 from phoenix_sparse.runtime.cuda.layout import PER_STREAM, TILE_COLUMNS, TOGETHER
 from phoenix_sparse.runtime.cuda.linear import CROSSOVER, CudaLinear, prove
-from phoenix_sparse.runtime.cuda.product import ROW, SLOTS, expand
+from phoenix_sparse.runtime.cuda.product import ROW, SLOTS, SUMMED, expand
 from phoenix_sparse.runtime.packed import pack
 from phoenix_sparse.runtime.sparse_linear import SparseLinear
 
@@ -53,7 +53,14 @@ def test_without_nvrtc_it_says_so(own_cache):
 def test_source_and_launcher_agree_on_sizes():
     source = compiling.SOURCE.read_text(encoding="utf-8")
     found = {name: int(size) for name, size in re.findall(r"^#define (\w+) +(\d+)\b", source, re.MULTILINE)}
-    sizes = {"TAIL": PER_STREAM, "ROW": ROW, "SLOTS": SLOTS, "COLUMNS": TILE_COLUMNS, "TOGETHER": TOGETHER}
+    sizes = {
+        "TAIL": PER_STREAM,
+        "ROW": ROW,
+        "SLOTS": SLOTS,
+        "COLUMNS": TILE_COLUMNS,
+        "TOGETHER": TOGETHER,
+        "SUMMED": SUMMED,
+    }
     assert found == sizes
 
 

@@ -14,7 +14,7 @@ from phoenix_sparse.runtime.cuda.layout import LANES, TOGETHER, Layout, Plan, bu
 from phoenix_sparse.runtime.packed import pack, quantize
 from phoenix_sparse.runtime.sparse_linear import SparseLinear
 
-PLANS = [Plan(6, warps=2, slack=4, ring=40), Plan(3, warps=8), Plan(5, warps=3, slack=8, ring=60, deepest=2)]
+PLANS = [Plan(6, warps=2, slack=1, ring=40), Plan(3, warps=8), Plan(5, warps=3, slack=8, ring=64, deepest=2)]
 
 
 def sparse(out, columns, density, seed=0, dtype=torch.bfloat16):
@@ -31,8 +31,8 @@ def layout_of(weight, plan):
 def decode(layout: Layout, sequence: torch.Tensor) -> torch.Tensor:
     """The matrix again, one position after another, by nothing but the layout's description."""
     dense = torch.zeros(layout.tiles * 16, layout.blocks * 128)
-    for first, fours, count, _ in layout.warps.tolist():
-        memory, window, at = layout.values[fours * 4 :].float(), 0, torch.zeros(LANES, 2, dtype=torch.int64)
+    for first, eights, count, _ in layout.warps.tolist():
+        memory, window, at = layout.values[eights * 8 :].float(), 0, torch.zeros(LANES, 2, dtype=torch.int64)
         for number in range(first, first + count):
             step = int(layout.headers[number]) % 256
             window, at = window + step, (at - step).clamp(min=0)
@@ -106,7 +106,7 @@ def test_size_at_half_the_weights():
     assert layout.nbytes / (2048 * 2048) < 1.25  # 1.125 in the file; short streams are padded more
 
 
-@pytest.mark.parametrize("wrong", [{"ring": 56}, {"ring": 97}, {"deepest": 0}, {"deepest": 8}, {"warps": 0}])
+@pytest.mark.parametrize("wrong", [{"ring": 56}, {"ring": 100}, {"deepest": 0}, {"deepest": 8}, {"warps": 0}])
 def test_a_plan_that_cannot_be_is_refused(wrong):
     with pytest.raises(PhoenixError, match="ring needs"):
         Plan(4, **wrong)

@@ -23,6 +23,27 @@ OLDEST = (8, 0)  # compute capability: cp.async and mma.m16n8k16 with bfloat16
 
 _OPT_IN_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _MOST_SHARED = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+_EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = [("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        *[
+            (name, ctypes.c_uint)
+            for name in ("grid", "grid_y", "grid_z", "threads", "threads_y", "threads_z", "shared")
+        ],
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    ]
 
 
 def cache_directory() -> Path:
@@ -93,8 +114,8 @@ def compile_source(source: str, options: list[str]) -> bytes:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def compiled(capability: tuple[int, int], macros: dict[str, int]) -> bytes:
-    """Machine code for a compute capability, from the cache where it is there.
+def compiled(capability: tuple[int, int], macros: dict[str, int], file: Path = SOURCE) -> bytes:
+    """Machine code of a source file for a compute capability, from the cache where it is there.
 
     Raises:
         PhoenixError: the GPU is older than `OLDEST`, or compiling fails.
@@ -104,7 +125,7 @@ def compiled(capability: tuple[int, int], macros: dict[str, int]) -> bytes:
         raise PhoenixError(f"sparse kernels: this GPU has compute capability {have}; they need {need} or newer")
     options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "--std=c++17"]
     options += [f"-D{name}={value}" for name, value in sorted(macros.items())]
-    source = SOURCE.read_text(encoding="utf-8")
+    source = file.read_text(encoding="utf-8")
     facts = "\n".join([source, *options, torch.version.cuda or ""])
     path = cache_directory() / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.cubin"
     if path.is_file():
@@ -116,22 +137,35 @@ def compiled(capability: tuple[int, int], macros: dict[str, int]) -> bytes:
 
 
 class Kernel:
-    """One function of the source, for one device."""
+    """One function of a source file, for one device."""
 
-    def __init__(self, name: str, device: torch.device, macros: dict[str, int], shared: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        device: torch.device,
+        macros: dict[str, int],
+        threads: int,
+        shared: int,
+        file: Path,
+    ) -> None:
         """Compile and load it.
 
         Args:
             name: of the function.
             device: a GPU.
-            macros: as kernels.cu lists them.
+            macros: as the file lists them.
+            threads: of a block.
             shared: bytes of dynamic shared memory.
+            file: CUDA C++. From compute capability 9.0 on a kernel begins before what runs ahead of it has ended, and
+                has to wait for that by itself.
 
         Raises:
             PhoenixError: it can't be compiled or loaded.
         """
-        self.device, self.threads, self.shared = device, macros["NW"] * 32, shared
-        code = compiled(torch.cuda.get_device_capability(device), macros)
+        self.device, self.threads, self.shared = device, threads, shared
+        capability = torch.cuda.get_device_capability(device)
+        self.early = capability >= (9, 0)
+        code = compiled(capability, macros, file)
         module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # makes torch's context current
@@ -148,10 +182,10 @@ class Kernel:
         ]
         pointers = (ctypes.c_void_p * len(values))(*[ctypes.cast(ctypes.pointer(v), ctypes.c_void_p) for v in values])
         stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
+        attribute = _Attribute(_EARLY, 0, 1)
+        config = _Config(grid, 1, 1, self.threads, 1, 1, self.shared, stream, ctypes.pointer(attribute), self.early)
         with torch.cuda.device(self.device):
-            code = _driver().cuLaunchKernel(
-                self.function, grid, 1, 1, self.threads, 1, 1, self.shared, stream, pointers, None
-            )
+            code = _driver().cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None)
         _check(code, "launching")
 
 
@@ -173,6 +207,13 @@ def most_shared(device: torch.device) -> int:
 
 
 @cache
-def kernel(name: str, device: torch.device, macros: tuple[tuple[str, int], ...], shared: int) -> Kernel:
-    """A kernel, compiled and loaded once."""
-    return Kernel(name, device, dict(macros), shared)
+def kernel(
+    name: str,
+    device: torch.device,
+    macros: tuple[tuple[str, int], ...],
+    threads: int,
+    shared: int,
+    file: Path = SOURCE,
+) -> Kernel:
+    """A kernel, compiled and loaded once. The arguments are `Kernel`'s."""
+    return Kernel(name, device, dict(macros), threads, shared, file)

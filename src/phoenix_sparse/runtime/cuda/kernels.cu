@@ -5,7 +5,7 @@
 //   NT     rows of x handled, in eights (1 to 4)
 //   NW     warps of a block of threads
 //   DEPTH  tiles that copies run ahead of the decoding
-//   RING   rows of a warp's ring in shared memory, a multiple of 4
+//   RING   rows of a warp's ring in shared memory, a multiple of 8
 //
 // A warp walks through its tiles of 16 x 128 weights. A lane decodes exactly the values of its own mma fragments: for
 // every pair of positions (one register) it reads the next value of its low and of its high stream, and a byte
@@ -19,11 +19,13 @@ typedef unsigned long long u64;
 
 #define TAIL 32                       // values of one stream in one tile, at most
 #define ROW 128                       // bytes
+#define COPIED (8 * ROW)              // bytes of the rows that are copied at once
 #define SLOTS 8                       // bitmaps in flight; more than DEPTH
 #define SLOT (2 * ROW)
 #define WARP_BYTES ((RING + TAIL) * ROW + SLOTS * SLOT)
 #define COLUMNS 128                   // of a tile
-#define TOGETHER 4                    // rows of tiles that go through the columns together, for x to be read less often
+#define TOGETHER 8                    // rows of tiles that go through the columns together, for x to be read less often
+#define SUMMED 4                      // of them, whose sums of all warps are in shared memory at a time
 
 struct Shape {
     int rows, columns, batch;         // of W; of x
@@ -58,6 +60,18 @@ __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"
 
 template <int N>
 __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+// The kernel that comes next may begin; what came before has ended. Older GPUs do one after another anyhow.
+__device__ __forceinline__ void launch_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void await_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 __device__ __forceinline__ u32 dot(u32 a, u32 b, u32 c) {
     u32 d;
@@ -94,25 +108,27 @@ __device__ __forceinline__ u16 narrow(float v) {
 
 // One warp's way through its streams.
 struct Reader {
-    const unsigned char* values;      // the next four rows to copy, this lane's part
+    const unsigned char* values;      // the next rows to copy, this lane's part
     const uint2* bitmaps;             // of the next tile to copy, this lane's words
-    const u32* headers;               // of the tile after the next to decode
-    u32 ring, slots;                  // addresses in shared memory, this lane's words
-    u32 part;                         // where this lane's part of four rows goes, relative to `ring`
+    const u32* headers;               // of the tile after those two
+    u32 ring, slots;                  // addresses in shared memory, this lane's part of a copy and words
     u32 filled;                       // bytes into the ring where the next copy goes
     u32 base;                         // bytes into the ring where the window begins
     u32 low, high;                    // bytes from there to this lane's streams
-    u32 header;                       // of the tile to decode next: step, 256 · fours to copy when it is done
+    u32 header, following;            // of the tile to decode next and of that after it: step, 256 · copies to make
     u32 taken, given;                 // slots of bitmaps: the next to decode, the next to fill
 
-    __device__ __forceinline__ void rows(u32 quads) {
+    __device__ __forceinline__ void rows(u32 copies) {
 #pragma unroll 1
-        for (; quads; --quads) {
-            const u32 to = ring + part + filled;
-            copy16(to, values);
-            if (filled < TAIL * ROW) copy16(to + RING * ROW, values);
-            values += 4 * ROW;
-            filled += 4 * ROW;
+        for (; copies; --copies) {
+            const u32 to = ring + filled;
+#pragma unroll
+            for (int at = 0; at < COPIED; at += 4 * ROW) copy16(to + at, values + at);
+            if (filled < TAIL * ROW)
+#pragma unroll
+                for (int at = 0; at < COPIED; at += 4 * ROW) copy16(to + RING * ROW + at, values + at);
+            values += COPIED;
+            filled += COPIED;
             if (filled == RING * ROW) filled = 0;
         }
     }
@@ -123,14 +139,13 @@ struct Reader {
         given = (given + SLOT) & (SLOTS * SLOT - 1);
     }
 
-    __device__ __forceinline__ void start(const int4 info, const unsigned char* all, const uint2* maps,
+    __device__ __forceinline__ void start(const int4 info, const unsigned char* streams, const uint2* maps,
                                           const u32* heads, u32 memory) {
         const int lane = threadIdx.x & 31;
-        values = all + (u64)(u32)info.y * (4 * ROW) + lane * 16;
+        values = streams + (u64)(u32)info.y * COPIED + lane * 16;
         bitmaps = maps + (u64)(u32)info.x * 32 + lane;
         headers = heads + info.x;
-        ring = memory + lane * 4;
-        part = lane * 12;
+        ring = memory + lane * 16;
         slots = memory + (RING + TAIL) * ROW + lane * 8;
         filled = base = low = high = taken = given = 0;
         for (int i = 0; i < DEPTH; ++i) words();
@@ -138,6 +153,7 @@ struct Reader {
         commit();
         for (int i = 1; i < DEPTH; ++i) commit();
         header = *headers++;
+        following = *headers++;
     }
 
     // The fragments of the next tile: a[4 s + r] is register r of the s-th product over 16 columns.
@@ -151,8 +167,9 @@ struct Reader {
         high = max((int)high - step, 0);
         base += step;
         base = min(base, base - RING * ROW);  // unsigned: what is negative is large
-        u32 at_low = ring + min(base + low, base + low - RING * ROW);
-        u32 at_high = ring + 2 + min(base + high, base + high - RING * ROW);
+        const u32 mine = ring - (threadIdx.x & 31) * 12;  // this lane's words
+        u32 at_low = mine + min(base + low, base + low - RING * ROW);
+        u32 at_high = mine + 2 + min(base + high, base + high - RING * ROW);
         const u32 from_low = at_low, from_high = at_high;
 #pragma unroll
         for (int j = 0; j < 16; ++j) {
@@ -180,7 +197,8 @@ struct Reader {
         words();
         rows(header >> 8);
         commit();
-        header = *headers++;
+        header = following;
+        following = *headers++;
     }
 };
 
@@ -235,12 +253,14 @@ phx_linear(const unsigned char* values, const uint2* bitmaps, const u32* headers
     const int group = blockIdx.x % shape.groups, slab = blockIdx.x / shape.groups;
     Reader reader;
     reader.start(warps[blockIdx.x * NW + warp], values, bitmaps, headers, shared_address(memory + warp * WARP_BYTES));
+    await_previous();
+    launch_next();  // not sooner: the kernel after the next may write to the x that is read here
 
     const int first_tile = (int)((u64)shape.tiles * group / shape.groups);
     const int last_tile = (int)((u64)shape.tiles * (group + 1) / shape.groups);
     const Share share(slab, shape);
     const Columns columns(x, shape);
-    float* partial = (float*)(memory + NW * WARP_BYTES);  // [NW][NT * 8][TOGETHER * 16]
+    float* partial = (float*)(memory + NW * WARP_BYTES);  // [NW][NT * 8][SUMMED * 16]
 
     for (int tile = first_tile; tile < last_tile; tile += TOGETHER) {
         const int first = share.first(warp, tile), last = share.first(warp + 1, tile);
@@ -259,39 +279,43 @@ phx_linear(const unsigned char* values, const uint2* bitmaps, const u32* headers
                 u32 a[32];
                 reader.decode(a);
 #pragma unroll
-                for (int n = 0; n < NT; ++n)
+                for (int s = 0; s < 4; ++s) {
 #pragma unroll
-                    for (int s = 0; s < 4; ++s) {
-                        multiply(c[u][n], a + 8 * s, b[n][s].x, b[n][s].y);
-                        multiply(c[u][n], a + 8 * s + 4, b[n][s].z, b[n][s].w);
-                    }
+                    for (int n = 0; n < NT; ++n) multiply(c[u][n], a + 8 * s, b[n][s].x, b[n][s].y);
+#pragma unroll
+                    for (int n = 0; n < NT; ++n) multiply(c[u][n], a + 8 * s + 4, b[n][s].z, b[n][s].w);
+                }
                 reader.advance();
             }
         }
-        float* mine = partial + warp * (NT * 8 * TOGETHER * 16);
+        float* mine = partial + warp * (NT * 8 * SUMMED * 16);
         const int row = lane >> 2, column = (lane & 3) * 2;
-        __syncthreads();  // the sums of the tiles before have been read
 #pragma unroll
-        for (int u = 0; u < TOGETHER; ++u)
+        for (int part = 0; part < TOGETHER; part += SUMMED) {
+            if (part >= together) break;
+            __syncthreads();  // the sums before have been read
 #pragma unroll
-            for (int n = 0; n < NT; ++n) {
-                float* at = mine + (n * 8 + column) * (TOGETHER * 16) + u * 16 + row;
-                at[0] = c[u][n][0];
-                at[TOGETHER * 16] = c[u][n][1];
-                at[8] = c[u][n][2];
-                at[TOGETHER * 16 + 8] = c[u][n][3];
+            for (int u = 0; u < SUMMED; ++u)
+#pragma unroll
+                for (int n = 0; n < NT; ++n) {
+                    float* at = mine + (n * 8 + column) * (SUMMED * 16) + u * 16 + row;
+                    at[0] = c[part + u][n][0];
+                    at[SUMMED * 16] = c[part + u][n][1];
+                    at[8] = c[part + u][n][2];
+                    at[SUMMED * 16 + 8] = c[part + u][n][3];
+                }
+            __syncthreads();
+            for (int k = threadIdx.x; k < shape.batch * SUMMED * 16; k += NW * 32) {
+                const int out = (tile + part) * 16 + k % (SUMMED * 16), n = k / (SUMMED * 16);
+                if (out >= min(shape.rows, last_tile * 16)) continue;
+                float sum = 0.0f;
+#pragma unroll
+                for (int w = 0; w < NW; ++w) sum += partial[w * (NT * 8 * SUMMED * 16) + k];
+                if (shape.slabs == 1)
+                    finish(y, sum, scales, bias, out, n, shape);
+                else
+                    __stcg(&sums[((u64)slab * shape.batch + n) * shape.rows + out], sum);
             }
-        __syncthreads();
-        for (int k = threadIdx.x; k < shape.batch * TOGETHER * 16; k += NW * 32) {
-            const int out = tile * 16 + k % (TOGETHER * 16), n = k / (TOGETHER * 16);
-            if (out >= min(shape.rows, last_tile * 16)) continue;
-            float sum = 0.0f;
-#pragma unroll
-            for (int w = 0; w < NW; ++w) sum += partial[w * (NT * 8 * TOGETHER * 16) + k];
-            if (shape.slabs == 1)
-                finish(y, sum, scales, bias, out, n, shape);
-            else
-                __stcg(&sums[((u64)slab * shape.batch + n) * shape.rows + out], sum);
         }
     }
     wait<0>();
@@ -322,6 +346,8 @@ phx_expand(const unsigned char* values, const uint2* bitmaps, const u32* headers
     const int group = blockIdx.x % shape.groups, slab = blockIdx.x / shape.groups;
     Reader reader;
     reader.start(warps[blockIdx.x * NW + warp], values, bitmaps, headers, shared_address(memory + warp * WARP_BYTES));
+    await_previous();
+    launch_next();  // not sooner: the kernel after the next may write to the x that is read here
     const int first_tile = (int)((u64)shape.tiles * group / shape.groups);
     const int last_tile = (int)((u64)shape.tiles * (group + 1) / shape.groups);
     const Share share(slab, shape);

@@ -1,7 +1,7 @@
 """A packed matrix as the GPU's kernels read it.
 
 The matrix is cut into tiles of 16 x 128. A warp owns 128 columns after 128 columns of its share of a row of tiles, in
-four rows of tiles side by side, and goes on with the next four. In a tile each of its 32 lanes owns the 64 positions
+eight rows of tiles side by side, and goes on with the next eight. In a tile each of its 32 lanes owns the 64 positions
 that it holds in `mma.m16n8k16`: two words of the bitmap. Kept values of even columns form a lane's low stream, those of
 odd columns its high stream. Row r of a warp's memory holds value r of the low and of the high stream of every lane,
 lane by lane, two bytes each.
@@ -22,8 +22,9 @@ from phoenix_sparse.runtime.kernels import portable
 TILE_ROWS, TILE_COLUMNS, LANES = 16, 128, 32
 PER_STREAM = 32
 """Positions of one stream in one tile."""
-TOGETHER = 4  # rows of tiles that a warp takes through its columns together
-SLAB = 8192  # columns that one block of threads handles, at most: it reads all of x's for every four rows of tiles
+TOGETHER = 8  # rows of tiles that a warp takes through its columns together
+SLAB = 8192  # columns that one block of threads handles, at most: it reads all of x's for every eight rows of tiles
+COPIED = 8  # rows that are copied at once
 CHUNK = 8192  # tiles whose values are placed at a time
 
 
@@ -46,9 +47,14 @@ class Plan:
     deepest: int = 7
 
     def __post_init__(self) -> None:
-        least = self.slack + PER_STREAM + 3
-        if self.ring < least or self.ring % 4 or not 1 <= self.deepest <= 7 or min(self.processors, self.warps) < 1:
-            raise PhoenixError(f"layout: {self} can't be; its ring needs {least} rows, in fours")
+        least = self.slack + PER_STREAM + COPIED - 1
+        if (
+            self.ring < least
+            or self.ring % COPIED
+            or not 1 <= self.deepest <= 7
+            or min(self.processors, self.warps) < 1
+        ):
+            raise PhoenixError(f"layout: {self} can't be; its ring needs {least} rows, in eights")
 
 
 @dataclass
@@ -65,8 +71,8 @@ class Layout:
         values: (rows of all warps, 32, 2), the streams.
         bitmaps: int32 (tiles + depth, 32, 2); bit 8 (2 h + o) + q of word k is row lane // 4 + 8 h, column
             64 k + 16 (lane % 4) + 2 q + o.
-        headers: int32 (tiles + 1,): step, and 256 times the fours of rows to copy for the tile that is `depth` ahead.
-        warps: int32 (blocks of threads · warps, 4): first tile, first four of rows, tiles, fours to copy at first.
+        headers: int32 (tiles + 2,): step, and 256 times the eights of rows to copy for the tile that is `depth` ahead.
+        warps: int32 (blocks of threads · warps, 4): first tile, first eight of rows, tiles, eights to copy at first.
         counters: int32 (groups,), 0 between launches; for two at once the matrix would need two of them.
     """
 
@@ -172,17 +178,17 @@ def build(bitmask: Tensor, values: Tensor, row_offsets: Tensor, columns: int, pl
     sizes = kept.sum(-1, dtype=torch.int32).flatten(1)[sequence]  # (tiles, 64)
     starts, steps, ends = _walk(sizes, number, present, plan.slack)
 
-    quads = (ends + 3) // 4  # by warp and tile, never falling
-    per_warp = quads[:, -1]
-    fetch = quads.diff(dim=1, prepend=torch.zeros_like(quads[:, :1]))
-    depth, ring = _ring(quads, steps.cumsum(1), plan)
+    eights = (ends + COPIED - 1) // COPIED  # by warp and tile, never falling
+    per_warp = eights[:, -1]
+    fetch = eights.diff(dim=1, prepend=torch.zeros_like(eights[:, :1]))
+    depth, ring = _ring(eights, steps.cumsum(1), plan)
     ahead = torch.nn.functional.pad(fetch, (0, depth))[:, depth:]
-    headers = torch.nn.functional.pad((steps + ahead * 256)[present], (0, 1))
+    headers = torch.nn.functional.pad((steps + ahead * 256)[present], (0, 2))
     begins = per_warp.cumsum(0) - per_warp
-    warps = torch.stack([first, begins, counts, quads[:, min(depth, longest) - 1]], 1).int()
+    warps = torch.stack([first, begins, counts, eights[:, min(depth, longest) - 1]], 1).int()
 
-    place = (begins[:, None, None] * 4 + starts)[present]  # (tiles, 64): the row of a stream's first value
-    streams = torch.zeros(max(1, int(per_warp.sum())) * 4, LANES, 2, dtype=torch.int16, device=device)
+    place = (begins[:, None, None] * COPIED + starts)[present]  # (tiles, 64): the row of a stream's first value
+    streams = torch.zeros(max(1, int(per_warp.sum())) * COPIED, LANES, 2, dtype=torch.int16, device=device)
     bitmaps = torch.zeros(len(sequence) + depth, LANES, 2, dtype=torch.int32, device=device)
     lanes = torch.arange(2 * LANES, device=device).view(1, LANES, 2, 1)
     for chunk in range(0, len(sequence), CHUNK):
@@ -226,23 +232,23 @@ def _walk(sizes: Tensor, number: Tensor, present: Tensor, slack: int) -> tuple[T
     return torch.stack(starts, 1), torch.stack(steps, 1), torch.stack(ends, 1)
 
 
-def _ring(quads: Tensor, windows: Tensor, plan: Plan) -> tuple[int, int]:
+def _ring(eights: Tensor, windows: Tensor, plan: Plan) -> tuple[int, int]:
     """The depth, and the rows of the ring that it needs, in sixteens to have few kernels.
 
     When a warp has decoded tile i, rows up to the last one of tile i + depth are copied over those that lie before the
     window of tile i + 1.
 
     Args:
-        quads: (warps, longest) fours of rows up to the end of each tile.
+        eights: (warps, longest) eights of rows up to the end of each tile.
         windows: likewise, the row at which the window begins.
         plan: its `ring` and `deepest` are limits.
     """
-    last = quads.shape[1] - 1
-    number = torch.arange(last + 1, device=quads.device)
+    last = eights.shape[1] - 1
+    number = torch.arange(last + 1, device=eights.device)
     later = windows[:, (number + 1).clamp(max=last)]
     for depth in range(plan.deepest, 0, -1):
-        until = quads[:, (number + depth).clamp(max=last)] * 4
-        at_first = int(quads[:, min(depth - 1, last)].max()) * 4
+        until = eights[:, (number + depth).clamp(max=last)] * COPIED
+        at_first = int(eights[:, min(depth - 1, last)].max()) * COPIED
         needed = -(-max(int((until - later).max()), at_first, PER_STREAM) // 16) * 16
         if needed <= plan.ring or depth == 1:
             break

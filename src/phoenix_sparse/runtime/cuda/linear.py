@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.runtime.cuda.compiling import most_shared
+from phoenix_sparse.runtime.cuda.fusing import fuse
 from phoenix_sparse.runtime.cuda.layout import Layout, Plan, build
 from phoenix_sparse.runtime.cuda.product import FLOATS, MOST, expand, multiply, shared_bytes
 from phoenix_sparse.runtime.kernels import portable
@@ -16,7 +17,7 @@ from phoenix_sparse.runtime.sparse_linear import SparseLinear
 
 VARIABLE = "PHOENIX_CUDA"
 TOLERANCE = 1e-2  # of a product's relative error when the kernels are tried; rounding to bfloat16 gives 2e-3
-SIZES = ((8, 96), (6, 96), (4, 60))
+SIZES = ((8, 96), (6, 96), (4, 72))
 """Warps, and rows of their rings: for 228, 164 and 100 KiB of shared memory a multiprocessor."""
 CROSSOVER = 2 * MOST
 """Rows of x beyond which W is expanded: projected from bytes moved (twice the packed ones against once the packed and
@@ -49,7 +50,8 @@ def cuda_linear(
     if len(flat) == 0:
         y = flat.new_empty(0, out)
     elif len(flat) <= CROSSOVER:
-        y = torch.cat([multiply(some, layout, scales, bias) for some in flat.split(MOST)])
+        parts = [multiply(some, layout, scales, bias) for some in flat.split(MOST)]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts)
     else:
         y = portable.finish(torch.nn.functional.linear(flat, expand(layout)), scales, bias, x.dtype)
     return y.view(*x.shape[:-1], out)
@@ -112,9 +114,9 @@ class CudaLinear(nn.Module):
             raise PhoenixError(
                 f"sparse kernels: they compute in bfloat16 or float16, not {dtype}; give --dtype bfloat16"
             )
-        layout = build(
-            layer.bitmask, layer.compressed.to(dtype), layer.row_offsets, layer.in_features, plan_for(device)
-        )
+        packed = layer.packed
+        values = packed.compressed.to(dtype)
+        layout = build(packed.bitmask, values, packed.row_offsets, layer.in_features, plan_for(device))
         return cls(layout, layer.scales, layer.bias)
 
     @property
@@ -213,11 +215,14 @@ def prove(device: torch.device, dtype: torch.dtype) -> None:
 def prepare(model: nn.Module, device: torch.device) -> None:
     """Put every packed linear of a model on this GPU into its layout, if that is wanted; the packed arrays are freed.
 
+    Those that read the same input become one (see `fusing`).
+
     Raises:
         PhoenixError: see `wanted`, `prove` and `CudaLinear.of`.
     """
     if not wanted(device):
         return
+    fuse(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
     for name, layer in layers.items():
         prove(device, layer.weight.dtype)

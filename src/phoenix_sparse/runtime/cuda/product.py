@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from phoenix_sparse.errors import PhoenixError
-from phoenix_sparse.runtime.cuda.compiling import kernel
-from phoenix_sparse.runtime.cuda.layout import PER_STREAM, TILE_COLUMNS, TILE_ROWS, TOGETHER, Layout
+from phoenix_sparse.runtime.cuda.compiling import Kernel, kernel
+from phoenix_sparse.runtime.cuda.layout import PER_STREAM, TILE_COLUMNS, TILE_ROWS, Layout
 
 MOST = 32  # rows of x in one launch
-SLOTS, ROW = 8, 128  # as in kernels.cu, where a slot is two rows
+ROW, SLOTS, SUMMED = 128, 8, 4  # as in kernels.cu: bytes of a row; bitmaps, two rows each; rows of tiles summed
 FLOATS = (torch.bfloat16, torch.float16)
 
 
@@ -23,13 +23,24 @@ def shape_of(layout: Layout, batch: int) -> _Shape:
 
 
 def macros(layout: Layout, eights: int) -> dict[str, int]:
-    half = int(layout.values.dtype == torch.float16)
-    return {"HALF": half, "NT": eights, "NW": layout.warps_per_block, "DEPTH": layout.depth, "RING": layout.ring}
+    return {
+        "HALF": int(layout.values.dtype == torch.float16),
+        "NT": eights,
+        "NW": layout.warps_per_block,
+        "DEPTH": layout.depth,
+        "RING": layout.ring,
+    }
 
 
 def shared_bytes(warps: int, ring: int, batch: int = 0) -> int:
-    """Shared memory that a block of threads needs: rings and bitmaps, and sums of so many rows of x (0: none)."""
-    return warps * ((ring + PER_STREAM + 2 * SLOTS) * ROW + batch * TOGETHER * TILE_ROWS * 4)
+    """Shared memory that a block of threads needs: rings, bitmaps, and sums of so many rows of x (0: none)."""
+    return warps * ((ring + PER_STREAM + 2 * SLOTS) * ROW + batch * SUMMED * TILE_ROWS * 4)
+
+
+def _kernel(name: str, layout: Layout, eights: int, batch: int) -> Kernel:
+    device, warps = layout.values.device, layout.warps_per_block
+    options = tuple(macros(layout, eights).items())
+    return kernel(name, device, options, warps * 32, shared_bytes(warps, layout.ring, batch))
 
 
 def multiply(x: Tensor, layout: Layout, scales: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -68,9 +79,7 @@ def multiply(x: Tensor, layout: Layout, scales: Tensor | None = None, bias: Tens
         sums = torch.empty(layout.slabs * batch * out, dtype=torch.float32, device=x.device)
     eights = -(-batch // 8)
     eights = 4 if eights == 3 else eights  # kernels for 8, 16 and 32 rows
-    options = macros(layout, eights)
-    shared = shared_bytes(layout.warps_per_block, layout.ring, eights * 8)
-    run = kernel("phx_linear", x.device, tuple(options.items()), shared)
+    run = _kernel("phx_linear", layout, eights, eights * 8)
     run(
         layout.groups * layout.slabs,
         layout.values,
@@ -99,9 +108,7 @@ def expand(layout: Layout, dense: Tensor | None = None) -> Tensor:
     width = layout.blocks * TILE_COLUMNS
     if dense is None:
         dense = torch.empty(out * width, dtype=layout.values.dtype, device=layout.values.device)
-    run = kernel(
-        "phx_expand", dense.device, tuple(macros(layout, 1).items()), shared_bytes(layout.warps_per_block, layout.ring)
-    )
+    run = _kernel("phx_expand", layout, 1, 0)
     run(
         layout.groups * layout.slabs,
         layout.values,
