@@ -24,10 +24,18 @@ from phoenix_sparse.runtime.loading import load
 from phoenix_sparse.runtime.packing import pack_model, unpack_model
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+DENSITIES = {"half": 0.5, "few": 0.1}
 
 
 def make(directory: Path) -> None:
-    """A packed Llama of two blocks, half of its weights zero, int8 values in one copy and bfloat16 in the other."""
+    """Packed Llamas of two blocks: half of the weights zero, or nine tenths, which kernels hold in another layout; with
+    values of bfloat16, or int8."""
+    for name, density in DENSITIES.items():
+        make_one(directory / name, density)
+
+
+def make_one(directory: Path, density: float) -> None:
+    """Both kinds of values at one density."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -42,7 +50,7 @@ def make(directory: Path) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
-                parameter.mul_(torch.rand(parameter.shape) < 0.5)
+                parameter.masked_fill_(torch.rand(parameter.shape) >= density, 0.0)
     model.save_pretrained(directory / "dense")
     pack_model(directory / "dense", directory / "bf16")
     pack_model(directory / "dense", directory / "int8", values="int8")
@@ -96,7 +104,7 @@ def main() -> None:
         work = Path(place)
         make(work)
         for number in range(args.files):
-            kind = draw.choice(["bf16", "int8"])
+            kind = f"{draw.choice(list(DENSITIES))}/{draw.choice(['bf16', 'int8'])}"
             file = CONFIG if draw.random() < 0.2 else WEIGHTS
             original = (work / kind / file).read_bytes()
             (work / kind / file).write_bytes(mutate(original, draw))

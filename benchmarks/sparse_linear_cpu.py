@@ -1,5 +1,7 @@
 """One linear on the CPU: packed weights against dense ones, by density and batch, beside the memory's bandwidth.
 
+Sparse weights are timed by bitmap, and up to a density as slices, whichever of them a loaded model would hold.
+
     OMP_NUM_THREADS=2 PYTHONPATH=src python benchmarks/sparse_linear_cpu.py --json sparse_linear_cpu.json
 
 Everything is timed in one process and in turns, so that between two runs of a variant hundreds of megabytes of other
@@ -23,6 +25,9 @@ from phoenix_sparse.files import write_json
 from phoenix_sparse.runtime.kernels.library import Library, library
 from phoenix_sparse.runtime.kernels.linear import sparse_linear
 from phoenix_sparse.runtime.kernels.placing import place
+from phoenix_sparse.runtime.kernels.sliced import sliced_linear
+from phoenix_sparse.runtime.kernels.slices import Slices
+from phoenix_sparse.runtime.kernels.slicing import count_steps, fill
 from phoenix_sparse.runtime.packed import Packed, pack, quantize
 
 # Huge pages for what torch allocates while it computes. glibc reads its own only when a process starts.
@@ -48,16 +53,26 @@ def _dense(weight: Tensor, compiled: Library) -> dict[str, tuple[Product, int]]:
     return found
 
 
-def _packed(weight: Tensor, density: float, generator: torch.Generator) -> dict[str, tuple[Product, int]]:
-    """Packed products and the bytes of their weights."""
+def _packed(
+    weight: Tensor, density: float, generator: torch.Generator, compiled: Library, sliced_to: float
+) -> dict[str, tuple[Product, int]]:
+    """Packed products, by bitmap and, up to some density, by slices, and the bytes of their weights."""
     # Not by multiplying: a negative weight times 0 is -0.0, a value that packing keeps.
     kept = pack(weight.masked_fill(torch.rand(weight.shape, generator=generator) >= density, 0.0))
     found = {}
     for name, packed in (("bf16", kept), ("int8", quantize(kept))):
         parts = (place(packed.bitmask), place(packed.compressed), packed.row_offsets, packed.scales)
-        _compare(packed, parts)
         size = sum(part.nbytes for part in parts if part is not None)
-        found[f"{density:.0%} kept, {name}"] = (_product(parts), size)
+        label = f"{density:.0%} kept, {name}"
+        found[label] = (_product(parts), size)
+        if compiled.has_sliced and density <= sliced_to:
+            matrix = (packed.bitmask, packed.compressed, packed.row_offsets)
+            slices = fill(compiled, *matrix, count_steps(compiled, *matrix, packed.shape[1]))
+            held = (slices.steps, slices.windows, slices.starts, slices.order, packed.scales)
+            size = sum(part.nbytes for part in held if part is not None)
+            found[f"{label}, sliced"] = (_sliced(slices, packed.scales), size)
+        for product, _ in [one for key, one in found.items() if key.startswith(label)]:
+            _compare(packed, product)
     return found
 
 
@@ -65,20 +80,25 @@ def _product(parts: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> Product:
     return lambda x: sparse_linear(x, *parts)
 
 
-def _compare(packed: Packed, parts: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None:
+def _sliced(slices: Slices, scales: Tensor | None) -> Product:
+    return lambda x: sliced_linear(x, slices, scales)
+
+
+def _compare(packed: Packed, product: Product) -> None:
     """Compare some rows with float64.
 
     Raises:
         PhoenixError: they differ by more than the rounding to bfloat16.
     """
     x = torch.randn(3, packed.shape[1]).bfloat16()
+    products = product(x).double()
     places = torch.arange(8, dtype=torch.uint8)
     for row in range(0, packed.shape[0], packed.shape[0] // 16 or 1):
         kept = ((packed.bitmask[row][:, None] >> places) & 1).flatten()[: packed.shape[1]].bool()
         weight = torch.zeros(packed.shape[1], dtype=torch.float64)
         weight[kept] = packed.compressed[packed.row_offsets[row] : packed.row_offsets[row + 1]].double()
         weight *= 1 if packed.scales is None else packed.scales[row].double()
-        exact, found = x.double() @ weight, sparse_linear(x, *parts)[:, row].double()
+        exact, found = x.double() @ weight, products[:, row]
         if not ((found - exact).abs() <= 2**-8 * exact.abs() + 1e-5 * weight.norm()).all():
             raise PhoenixError(f"row {row} of the packed product is wrong: {found} instead of {exact}")
 
@@ -124,6 +144,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time packed linears beside dense ones on the CPU.")
     parser.add_argument("--shape", default="14336x4096", metavar="OUTxIN")
     parser.add_argument("--density", type=float, nargs="+", default=[0.5, 0.3, 0.1], help="shares of weights kept")
+    parser.add_argument("--sliced-to", type=float, default=0.2, help="densities up to this one by slices, too")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8, 16, 64])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
@@ -142,7 +163,7 @@ def main() -> None:
     weight = (torch.randn(out, columns, generator=generator) / columns**0.5).bfloat16()
     products = _dense(weight, compiled)
     for density in arguments.density:
-        products |= _packed(weight, density, generator)
+        products |= _packed(weight, density, generator, compiled, arguments.sliced_to)
     record = facts(torch.device("cpu"), torch.bfloat16) | {
         "kernels": compiled.describe(),
         "shape": [out, columns],

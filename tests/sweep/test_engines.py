@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.sweep import launching
 from phoenix_sparse.sweep.engine_inline import run_inline
-from phoenix_sparse.sweep.engine_parsl import make_provider, parsl_config
+from phoenix_sparse.sweep.engine_parsl import make_provider, parsl_config, run_parsl
 from phoenix_sparse.sweep.launching import Job, Stop, environment, run_cell
 from phoenix_sparse.sweep.places import Places, attempts, is_alive, note, reason
 from phoenix_sparse.sweep.settings import EngineSettings
@@ -132,6 +133,10 @@ def test_parsl_is_configured_for_this_machine(tmp_path):
     assert executor.available_accelerators == ["0", "1", "0", "1"]
     assert executor.provider.label == "local"
     assert parsl_config(settings, tmp_path, 2).retries == 2
+    # By this interpreter, and not by scripts, which an installation may have put anywhere.
+    pool, interchange = executor.launch_cmd.split(), executor.interchange_launch_cmd
+    for start, module in ((pool[:3], "process_worker_pool"), (interchange, "interchange")):
+        assert start == [sys.executable, "-m", f"parsl.executors.high_throughput.{module}"]
 
 
 @pytest.mark.parametrize(
@@ -161,17 +166,26 @@ def test_clusters_are_configured_from_the_sweep_file(place, expected):
     for name, value in expected.items():
         assert getattr(provider, name) == value, name
     assert (provider.walltime, provider.nodes_per_block, provider.max_blocks) == ("12:00:00", 2, 3)
-    assert provider.worker_init.rstrip().endswith("module load x")
-    assert provider.worker_init.startswith("export PATH=")
+    assert provider.worker_init.strip() == "module load x"
     assert "#X" in provider.scheduler_options
 
 
 def test_without_parsl_the_message_says_what_to_install(tmp_path, monkeypatch):
-    from phoenix_sparse.errors import PhoenixError
-
     monkeypatch.setitem(sys.modules, "parsl.config", None)
     with pytest.raises(PhoenixError, match=r"phoenix-sparse\[sweep\].*engine.kind=inline"):
         parsl_config(EngineSettings(), tmp_path, 1)
+
+
+def test_a_parsl_that_cannot_start_is_one_line(tmp_path, monkeypatch):
+    parsl = pytest.importorskip("parsl")
+
+    def start(config):
+        raise RuntimeError("Interchange failed to start")
+
+    monkeypatch.setattr(parsl, "DataFlowKernel", start)
+    (tmp_path / "parsl").mkdir()
+    with pytest.raises(PhoenixError, match=r"Interchange failed to start.*engine\.kind=inline"):
+        run_parsl([job(tmp_path, "fine")], EngineSettings(), Places(tmp_path), Stop(), lambda name, code: None)
 
 
 def test_attempts_are_plain_json_lines(tmp_path):

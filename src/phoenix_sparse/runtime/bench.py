@@ -186,12 +186,6 @@ def _values(module: SparseLinear | CudaLinear) -> Tensor:
     return module.compressed if isinstance(module, SparseLinear) else module.values
 
 
-def _weight_bytes(module: SparseLinear | CudaLinear) -> int:
-    if isinstance(module, CudaLinear):
-        return module.nbytes
-    return sum(part.nbytes for part in module.buffers())
-
-
 @torch.inference_mode()
 def throughput(
     pair: Pair,
@@ -324,7 +318,7 @@ Linears = list[Callable[[Tensor], Tensor]]
 def _kinds(pair: Pair, names: list[str]) -> dict[str, tuple[Linears, int]]:
     """The layers of one shape in each kind, and the bytes of one."""
     sparse, dense = ([pair.forms[form][name] for name in names] for form in ("sparse", "dense"))
-    size = _weight_bytes(sparse[0])
+    size = sparse[0].nbytes
     kinds: dict[str, tuple[Linears, int]] = {"sparse": (list(sparse), size)}
     weight: Tensor = dense[0].weight
     kinds[f"torch {str(weight.dtype).removeprefix('torch.')}"] = (list(dense), weight.nbytes)

@@ -4,12 +4,11 @@ import concurrent.futures
 import contextlib
 import shlex
 import sys
-import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.errors import PhoenixError, first_line
 from phoenix_sparse.sweep.engine_inline import Ended
 from phoenix_sparse.sweep.launching import GRACE, Job, Stop, end, run_cell
 from phoenix_sparse.sweep.places import Places, note, running
@@ -35,15 +34,20 @@ def parsl_config(settings: EngineSettings, directory: Path, retries: int) -> Any
     try:
         from parsl.config import Config
         from parsl.executors import HighThroughputExecutor
+        from parsl.executors.high_throughput.executor import DEFAULT_LAUNCH_CMD
     except ImportError as error:
         raise PhoenixError(
             "engine: Parsl is not installed; `pip install 'phoenix-sparse[sweep]'`, or set engine.kind=inline"
         ) from error
-    local, scripts = settings.provider.kind == "local", Path(sysconfig.get_path("scripts"))
+    local = settings.provider.kind == "local"
+    # As modules: Parsl's scripts lie wherever an installation put them, on no path or beside another interpreter.
+    package = "parsl.executors.high_throughput"
+    pool = shlex.join([sys.executable, "-m", f"{package}.process_worker_pool"])
     executor = HighThroughputExecutor(
         label=LABEL,
         provider=make_provider(settings),
-        interchange_launch_cmd=[sys.executable, str(scripts / "interchange.py")],
+        launch_cmd=DEFAULT_LAUNCH_CMD.replace("process_worker_pool.py", pool, 1),
+        interchange_launch_cmd=[sys.executable, "-m", f"{package}.interchange"],
         max_workers_per_node=settings.workers,
         cores_per_worker=1e-6,  # the number of workers is the one above, however few cores there are
         available_accelerators=[settings.gpus[i % len(settings.gpus)] for i in range(settings.workers)]
@@ -71,11 +75,9 @@ def make_provider(settings: EngineSettings) -> Any:
     from parsl.providers import LocalProvider, PBSProProvider, SlurmProvider
 
     place = settings.provider
-    # Workers find Parsl's scripts where this interpreter's lie, whether or not its environment is activated.
-    path = f"export PATH={shlex.quote(sysconfig.get_path('scripts'))}:$PATH"
     if not isinstance(place, SlurmSettings | PbsSettings):
         launcher = SingleNodeLauncher(debug=False)
-        return LocalProvider(init_blocks=1, min_blocks=1, max_blocks=1, launcher=launcher, worker_init=path)
+        return LocalProvider(init_blocks=1, min_blocks=1, max_blocks=1, launcher=launcher)
     common: dict[str, Any] = {
         "account": place.account,
         "walltime": place.walltime,
@@ -84,7 +86,7 @@ def make_provider(settings: EngineSettings) -> Any:
         "min_blocks": 0,
         "max_blocks": place.jobs,
         "scheduler_options": place.scheduler_options,
-        "worker_init": "\n".join(filter(None, [path, place.worker_init])),
+        "worker_init": place.worker_init,
     }
     if isinstance(place, SlurmSettings):
         return SlurmProvider(
@@ -118,7 +120,12 @@ def run_parsl(jobs: Sequence[Job], settings: EngineSettings, places: Places, sto
     from parsl import DataFlowKernel, python_app
 
     places.stop.unlink(missing_ok=True)
-    kernel = DataFlowKernel(config)
+    try:
+        kernel = DataFlowKernel(config)
+    except Exception as error:
+        raise PhoenixError(
+            f"engine: Parsl can't start ({first_line(error)}); see {places.out / 'parsl'}, or set engine.kind=inline"
+        ) from error
     try:
         app = python_app(run_cell, data_flow_kernel=kernel, executors=[LABEL])
         futures = {app(job): job for job in jobs}

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from phoenix_sparse.runtime.kernels.library import Library
+from phoenix_sparse.runtime.kernels.slicing import count_steps, fill
 from runtime.kernels.matrices import DTYPES, VALUES, expected, matrix, multiply, tolerance
 
 KEPT = []
@@ -35,6 +36,30 @@ def at_the_edge(tensor):
     return copy
 
 
+def slices(one, m, x, bias, exact, allowed):
+    """The same in slices, made and taken apart."""
+    matrix, columns = m.parts[:3], x.shape[1]
+    made = fill(one, *matrix, count_steps(one, *matrix, columns))
+    for name in ("steps", "windows", "starts", "order"):
+        setattr(made, name, at_the_edge(getattr(made, name)))
+    one.slice(*matrix, made)
+    rows = len(m.bitmask)
+    for put in (at_the_edge, torch.clone):
+        again = [put(torch.zeros_like(part)) for part in matrix]
+        one.unslice(made, again[2])
+        again[2].copy_(again[2].cumsum(0))
+        one.unslice(made, again[2], *again[:2])
+        assert all(torch.equal(*pair) for pair in zip(again, matrix, strict=True))
+        for dtype in DTYPES:
+            dense = put(torch.ones(rows, columns, dtype=dtype))
+            one.expand_slices(made, 0, -(-rows // 16), dense)
+            assert torch.equal(dense != 0, m.dense[made.order.long()] != 0)
+        if one.has_sliced:
+            y = put(torch.zeros(x.shape[0], rows, dtype=x.dtype))
+            assert one.sliced(x, made, m.scales, bias, y)
+            assert ((y.double() - exact).abs() <= allowed).all()
+
+
 def main(file: Path, cases: int, seed: int) -> None:
     chance = random.Random(seed)
     paths = Library(file).paths
@@ -42,7 +67,7 @@ def main(file: Path, cases: int, seed: int) -> None:
     for case in range(cases):
         rows = chance.randint(1, 30)
         columns = chance.choice([chance.randint(1, 90), chance.randint(1, 700), 64, 256, 1024, 1100])
-        m = matrix(rows, columns, chance.choice([0, 0.1, 0.5, 0.9, 1]), VALUES[case % 3], case)
+        m = matrix(rows, columns, chance.choice([0, 0.1, 0.5, 0.9, 1]), VALUES[case % 3], case, least=-127)
         x = torch.randn(chance.choice([1, 2, 3, 4, 5, 8, 9, 17]), columns).to(chance.choice(DTYPES))
         bias = torch.randn(rows) if chance.random() < 0.5 else None
         exact, allowed = expected(m, x, bias), tolerance(m, x, bias)
@@ -61,6 +86,8 @@ def main(file: Path, cases: int, seed: int) -> None:
             if one.has_dense and x.dtype == torch.bfloat16 and x.shape[0] <= 8:
                 one.dense(x, at_the_edge(torch.randn(rows, columns).bfloat16()))
             one.read(m.bitmask)
+            if m.values.dtype != torch.float32:
+                slices(one, m, x, bias, exact, allowed)
             assert one.check(m.bitmask, m.row_offsets, columns, m.values.numel()) == (0, 0)
         KEPT.clear()
     print(f"{cases} matrices with {', '.join(paths)}")

@@ -35,16 +35,22 @@ class Matrix:
 
 
 def matrix(
-    rows: int, columns: int, density: float, values: torch.dtype, seed: int, scales: torch.dtype = torch.float32
+    rows: int,
+    columns: int,
+    density: float,
+    values: torch.dtype,
+    seed: int,
+    scales: torch.dtype = torch.float32,
+    least: int = -128,
 ) -> Matrix:
-    """One whose rows are of that density, but for some empty and some full ones."""
+    """One whose rows are of that density, but for some empty and some full ones; int8 values are `least` or more."""
     generator = torch.Generator().manual_seed(seed)
     kept = torch.rand(rows, columns, generator=generator) < density
     kept[torch.rand(rows, generator=generator) < 0.1] = False
     kept[torch.rand(rows, generator=generator) < 0.1] = True
     factor = None
     if values == torch.int8:
-        weight = torch.randint(-128, 128, (rows, columns), generator=generator).to(values)
+        weight = torch.randint(least, 128, (rows, columns), generator=generator).to(values)
         factor = (torch.rand(rows, generator=generator) / 100 + 0.001).to(scales)
     else:
         weight = torch.randn(rows, columns, generator=generator).to(values)

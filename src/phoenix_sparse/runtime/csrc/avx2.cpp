@@ -261,7 +261,7 @@ bool available() { return avx2_available(); }
 }  // namespace
 
 const Path avx2_path = {"avx2", "AVX2 with FMA, products in float32", available, tile_type, decode,
-                        expand, product, nullptr, read};
+                        expand, product, nullptr, read, nullptr};
 
 }  // namespace phx
 PHX_TARGET_END

@@ -322,7 +322,7 @@ uint64_t read(const uint8_t* data, int64_t bytes) {
 
 const Path avx512_vnni_path = {
     "avx512-vnni", "AVX-512 with VBMI2 and VNNI, products in float32", available, tile_type, avx512::decode,
-    avx512::expand, product, nullptr, avx512::read};
+    avx512::expand, product, nullptr, avx512::read, nullptr};
 
 }  // namespace phx
 PHX_TARGET_END

@@ -1,5 +1,6 @@
 // AVX-512 with bfloat16 dot products as well (Intel from Sapphire Rapids on and Cooper Lake, AMD from Zen 4 on).
 #include "avx512.h"
+#include "sliced.h"
 
 #if PHX_X86
 #include <immintrin.h>
@@ -104,7 +105,7 @@ bool available() { return avx512_bf16_available(); }
 
 const Path avx512_path = {
     "avx512",     "AVX-512 with VBMI2, VNNI and bfloat16 dot products", available, tile_type, decode, avx512::expand,
-    product, dense, avx512::read};
+    product, dense, avx512::read, &avx512_sliced};
 
 }  // namespace phx
 PHX_TARGET_END

@@ -67,6 +67,8 @@ struct Decode {
     void (*rows)(const Matrix& w, const void* x, int batch, int64_t first, int64_t last, float* sums);
 };
 
+struct SlicedKernel;
+
 // One instruction set. A tile is some rows of the matrix, expanded; its type is what products are taken in.
 struct Path {
     const char* name;
@@ -85,6 +87,8 @@ struct Path {
     void (*dense)(const uint16_t* w, int64_t cols, const void* x, int batch, int64_t first, int64_t last, float* sums);
     // Read memory and do nothing with it, as fast as this instruction set can.
     uint64_t (*read)(const uint8_t* data, int64_t bytes);
+    // Products with the layout of sliced.h; may be null.
+    const SlicedKernel* sliced;
 };
 
 extern const Path portable_path;

@@ -1,12 +1,10 @@
-// The C interface, and what all instruction sets have in common: scratch memory, threads, rounding, bias.
-#include <cstdlib>
+// The C interface, and what all instruction sets have in common: tiles, threads, checks.
 #include <cstring>
 
-#include "kernels.h"
+#include "call.h"
 #include "threads.h"
 
 namespace phx {
-namespace {
 
 const Path* const paths[] = {
     &portable_path,
@@ -18,59 +16,7 @@ const Path* const paths[] = {
 };
 constexpr int PATHS = sizeof paths / sizeof *paths;
 
-// Memory that a thread keeps from call to call: what is asked for anew is faulted in anew.
-struct Scratch {
-    void* memory = nullptr;
-    size_t size = 0;
-
-    ~Scratch() { std::free(memory); }
-
-    void* get(size_t bytes) {
-        if (bytes > size) {
-            std::free(memory);
-            size = (bytes + 4095) / 4096 * 4096;
-            memory = std::aligned_alloc(4096, size);
-            if (!memory) size = 0;
-        }
-        return memory;
-    }
-};
-
-thread_local Scratch x_scratch, tile_scratch, sums_scratch;
-
-enum Result { OK = 0, NO_MEMORY = 1, NOT_HERE = 2, OTHER_COUNT = 3 };
-
-struct Call {
-    const Path& path;
-    Matrix w;
-    Input x;
-    const void* scales;
-    const void* bias;
-    Type scales_type, bias_type;
-    void* y;
-    int threads;
-};
-
-float element(const void* data, Type type, int64_t i) {
-    return type == Type::f32 ? static_cast<const float*>(data)[i] : from_bf16(static_cast<const uint16_t*>(data)[i]);
-}
-
-// y[b, row] = scale * sum + bias, rounded to y's type once.
-void finish(const Call& call, int64_t row, const float* sums) {
-    const float scale = call.scales ? element(call.scales, call.scales_type, row) : 1.0f;
-    const float bias = call.bias ? element(call.bias, call.bias_type, row) : 0.0f;
-    for (int64_t b = 0; b < call.x.batch; ++b) {
-        float value = sums[b];
-        if (call.scales) value *= scale;
-        if (call.bias) value += bias;
-        const int64_t at = b * call.w.rows + row;
-        if (call.x.type == Type::f32) {
-            static_cast<float*>(call.y)[at] = value;
-        } else {
-            static_cast<uint16_t*>(call.y)[at] = to_bf16(value);
-        }
-    }
-}
+namespace {
 
 constexpr int64_t MOST_ROWS = 64;
 
@@ -80,12 +26,6 @@ int64_t rows_of(const Matrix& w, int64_t bytes) {
     const int64_t each = all / (w.rows ? w.rows : 1) + 1;
     const int64_t rows = bytes / each / 4 * 4;
     return rows < 4 ? 4 : rows > MOST_ROWS ? MOST_ROWS : rows;
-}
-
-// Threads that a call is worth: each brings some microseconds of waking and waiting.
-int threads_for(const Call& call, int64_t rows, int64_t cols) {
-    const int64_t worth = rows * cols * (call.x.batch < 8 ? 1 : call.x.batch / 8) / (64 * 1024) + 1;
-    return worth < call.threads ? static_cast<int>(worth) : call.threads;
 }
 
 Result decode(const Call& call, const Decode& kernel, const void* x) {
@@ -192,7 +132,7 @@ Result linear(const Call& call) {
 extern "C" {
 
 // Changes whenever a function below changes what it takes or does.
-int phx_interface() { return 2; }
+int phx_interface() { return 3; }
 
 int phx_paths() { return phx::PATHS; }
 const char* phx_path_name(int path) { return phx::paths[path]->name; }

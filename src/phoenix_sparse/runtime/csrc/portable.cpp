@@ -68,6 +68,6 @@ bool available() { return true; }
 }  // namespace
 
 const Path portable_path = {"portable", "plain C++, products in float32", available, tile_type, decode,
-                            expand,     product, nullptr, read};
+                            expand,     product, nullptr, read, nullptr};
 
 }  // namespace phx

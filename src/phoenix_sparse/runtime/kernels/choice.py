@@ -1,9 +1,13 @@
-"""Which is faster for many rows of x: the sparse kernels, or unpacking and torch's dense product. Measured, once."""
+"""What is faster. For many rows of x: the sparse kernels, or unpacking and torch's dense product; measured, once. For
+few values: slices instead of a bitmap; measured beforehand.
+"""
 
+import math
 import os
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,17 +17,36 @@ VARIABLE = "PHOENIX_TIMING"
 FEWEST = 9  # rows of x below which unpacking can't pay
 MOST = 256  # rows of x beyond which the comparison no longer changes
 
-SHAPE = (1024, 2048)  # of the weight that is timed, half of it kept
+SHAPE = (1024, 2048)  # of the weight that is timed
 ROUNDS = 3
 
-Key = tuple[str, int, torch.dtype, torch.dtype, int]
-Product = Callable[[Library, Tensor, Tensor, Tensor, Tensor], object]
+SLICED = {torch.bfloat16: 0.22, torch.int8: 0.26}
+"""Places of the slices for each weight up to which a product from memory with one row of x is no slower than by bitmap,
+on one thread and on two (benchmarks/sparse_linear_cpu.py on Zen 4; docs/results.md). With more rows, or from the cache,
+slices win beyond; where many threads share the memory, a bitmap's fewer bytes may win below."""
+
+Key = tuple[str, int, torch.dtype, torch.dtype, int, int]
+Product = Callable[..., object]
 
 table: dict[Key, bool] = {}
-"""By instruction set, threads, dtypes of x and values, and rows of x (a power of two): whether dense was faster."""
+"""By instruction set, threads, dtypes of x and values, rows of x (a power of two), and layout (0, or the power of two
+that slices have weights for a place): whether dense was faster."""
 
 
-def dense_is_faster(library: Library, x: Tensor, values: torch.dtype, sparse: Product, dense: Product) -> bool:
+def slices_pay(values: torch.dtype, weights: int, places: int) -> bool:
+    """Whether products are faster with slices of so many places than by a bitmap of so many weights."""
+    return places <= SLICED[values] * weights
+
+
+def dense_is_faster(
+    library: Library,
+    x: Tensor,
+    values: torch.dtype,
+    sparse: Product,
+    dense: Product,
+    layout: Callable[[Tensor, Tensor, Tensor, int], tuple[object, ...]] | None = None,
+    density: float = 0.5,
+) -> bool:
     """Whether to unpack for this x (batch, in).
 
     The first call with a new key times both on a small random weight, which takes some hundredths of a second. With
@@ -37,6 +60,8 @@ def dense_is_faster(library: Library, x: Tensor, values: torch.dtype, sparse: Pr
         values: dtype of the packed values.
         sparse: called as (library, x, bitmask, values, row_offsets).
         dense: likewise.
+        layout: makes of (bitmask, values, row_offsets, columns) what both are called with instead.
+        density: of the weight with that layout. A higher one, at most twice as high, is timed.
     """
     batch = x.shape[0]
     if batch < FEWEST:
@@ -44,29 +69,38 @@ def dense_is_faster(library: Library, x: Tensor, values: torch.dtype, sparse: Pr
     if os.environ.get(VARIABLE) == "off" or torch.are_deterministic_algorithms_enabled():
         return not library.has_dense and batch >= 32
     rows = min(MOST, 1 << (batch - 1).bit_length())
-    key = (library.path, torch.get_num_threads(), x.dtype, values, rows)
+    halvings = min(6, max(1, int(-math.log2(density))))
+    key = (library.path, torch.get_num_threads(), x.dtype, values, rows, halvings if layout else 0)
     if key not in table:
-        table[key] = _measure(library, x.dtype, values, rows, sparse, dense)
+        table[key] = _measure(library, x.dtype, values, rows, sparse, dense, layout, 2.0**-halvings)
     return table[key]
 
 
 def _measure(
-    library: Library, dtype: torch.dtype, values: torch.dtype, rows: int, sparse: Product, dense: Product
+    library: Library,
+    dtype: torch.dtype,
+    values: torch.dtype,
+    rows: int,
+    sparse: Product,
+    dense: Product,
+    layout: Callable[[Tensor, Tensor, Tensor, int], tuple[object, ...]] | None,
+    density: float,
 ) -> bool:
     # A generator of its own: whoever seeded torch gets the numbers that they would have got.
     generator = torch.Generator().manual_seed(0)
     out, columns = SHAPE
-    bitmask = torch.randint(0, 256, (out, columns // 8), dtype=torch.uint8, generator=generator)
-    ones = torch.tensor([byte.bit_count() for byte in range(256)])
+    mask = torch.rand(out, columns, generator=generator) < density
+    bitmask = torch.from_numpy(np.packbits(mask.numpy(), axis=1, bitorder="little"))
     offsets = torch.zeros(out + 1, dtype=torch.int64)
-    torch.cumsum(ones[bitmask.int()].sum(1), 0, out=offsets[1:])
+    torch.cumsum(mask.sum(1), 0, out=offsets[1:])
     kept = torch.randint(-127, 128, (int(offsets[-1]),), dtype=torch.int8, generator=generator).to(values)
     x = torch.randn(rows, columns, generator=generator).to(dtype)
+    weight = (bitmask, kept, offsets) if layout is None else layout(bitmask, kept, offsets, columns)
     best = {"sparse": float("inf"), "dense": float("inf")}
     for _ in range(ROUNDS + 1):  # the first, with its set-up, is seldom the best
         for name, product in (("sparse", sparse), ("dense", dense)):
             start = time.perf_counter()
-            product(library, x, bitmask, kept, offsets)
+            product(library, x, *weight)
             best[name] = min(best[name], time.perf_counter() - start)
         if max(best.values()) > 4 * min(best.values()):
             break

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.runtime.kernels.slices import Slices
 
 FILE = Path(__file__).with_name("libphoenix.so")
-INTERFACE = 2  # phx_interface of csrc/library.cpp
+INTERFACE = 3  # phx_interface of csrc/library.cpp
 VARIABLE = "PHOENIX_KERNEL"
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 """Dtypes as the library numbers them."""
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_SLICES = [_POINTER] * 4 + [_LONG] * 2 + [_INT]  # as `_matrix` gives them
 _FUNCTIONS = {
     "phx_interface": ([], _INT),
     "phx_paths": ([], _INT),
@@ -25,9 +27,14 @@ _FUNCTIONS = {
     "phx_path_note": ([_INT], ctypes.c_char_p),
     "phx_path_available": ([_INT], _INT),
     "phx_path_dense": ([_INT], _INT),
+    "phx_path_sliced": ([_INT], _INT),
     "phx_have_threads": ([], _INT),
     "phx_linear": ([_INT] * 2 + [_POINTER] * 7 + [_LONG] * 4 + [_INT] * 4, _INT),
     "phx_expand": ([_INT] * 2 + [_POINTER] * 4 + [_LONG] * 5 + [_INT] * 2, _INT),
+    "phx_slice": ([_INT] + [_POINTER] * 4 + [_LONG] * 2 + [_INT] + [_POINTER] * 3, _INT),
+    "phx_unslice": ([_INT, *_SLICES] + [_POINTER] * 3, _INT),
+    "phx_expand_slices": ([_INT, *_SLICES] + [_LONG] * 2 + [_POINTER, _INT], _INT),
+    "phx_sliced": ([_INT] * 2 + _SLICES + [_POINTER] * 4 + [_LONG] + [_INT] * 3, _INT),
     "phx_dense": ([_INT] * 2 + [_POINTER] * 3 + [_LONG] * 3, _INT),
     "phx_read": ([_INT] * 2 + [_POINTER, _LONG], ctypes.c_uint64),
     "phx_check": ([_INT] + [_POINTER] * 2 + [_LONG] * 3 + [ctypes.POINTER(_LONG)], _INT),
@@ -37,6 +44,7 @@ _FAULTS = {
     2: "this instruction set has no such kernel",
     3: "row_offsets end at another number than there are values",
 }
+NOT_FINITE = 4
 
 
 class Library:
@@ -74,6 +82,7 @@ class Library:
         self.number = names.index(self.path)
         self.has_threads = bool(self.functions.phx_have_threads())
         self.has_dense = bool(self.functions.phx_path_dense(self.number))
+        self.has_sliced = bool(self.functions.phx_path_sliced(self.number))
 
     def describe(self) -> str:
         """The instruction set and the threads, in words."""
@@ -136,6 +145,63 @@ class Library:
         if fault:
             raise PhoenixError(f"sparse_linear: {_FAULTS[fault]}")
 
+    def slice(
+        self, bitmask: Tensor, values: Tensor, row_offsets: Tensor, slices: Slices, *, count: bool = False
+    ) -> None:
+        """Fill `steps` and `windows`, or count the steps of each slice into `starts[1:]` (csrc/slicing.cpp)."""
+        fault = self.functions.phx_slice(
+            torch.get_num_threads(),
+            bitmask.data_ptr(),
+            values.data_ptr(),
+            row_offsets.data_ptr(),
+            slices.order.data_ptr(),
+            bitmask.shape[0],
+            slices.columns,
+            CODES[values.dtype],
+            slices.starts.data_ptr(),
+            None if count else slices.steps.data_ptr(),
+            None if count else slices.windows.data_ptr(),
+        )
+        if fault:
+            raise PhoenixError(f"sparse_linear: {_FAULTS[fault]}")
+
+    def unslice(
+        self, slices: Slices, row_offsets: Tensor, bitmask: Tensor | None = None, values: Tensor | None = None
+    ) -> None:
+        """Fill `bitmask` (of zeros) and `values`, or count the values of each row into `row_offsets[1:]`."""
+        self.functions.phx_unslice(
+            torch.get_num_threads(),
+            *_matrix(slices),
+            row_offsets.data_ptr(),
+            None if bitmask is None else bitmask.data_ptr(),
+            None if values is None else values.data_ptr(),
+        )
+
+    def expand_slices(self, slices: Slices, first: int, last: int, out: Tensor) -> None:
+        """Write the rows of slices first to last - 1, in their order, to `out` (rows, in), float32 or bfloat16."""
+        self.functions.phx_expand_slices(
+            torch.get_num_threads(), *_matrix(slices), first, last, out.data_ptr(), CODES[out.dtype]
+        )
+
+    def sliced(self, x: Tensor, slices: Slices, scales: Tensor | None, bias: Tensor | None, y: Tensor) -> bool:
+        """y (batch, out) = x (batch, in) Wᵀ; see `sliced_linear`. False: x isn't finite, and y is undefined."""
+        fault = self.functions.phx_sliced(
+            self.number,
+            torch.get_num_threads(),
+            *_matrix(slices),
+            None if scales is None else scales.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            x.data_ptr(),
+            y.data_ptr(),
+            x.numel() // slices.columns,
+            CODES[x.dtype],
+            0 if scales is None else CODES[scales.dtype],
+            0 if bias is None else CODES[bias.dtype],
+        )
+        if fault and fault != NOT_FINITE:
+            raise PhoenixError(f"sparse_linear: {_FAULTS[fault]}")
+        return not fault
+
     def dense(self, x: Tensor, weight: Tensor) -> Tensor:
         """x (batch, in) · weightᵀ (in, out), all bfloat16, batch 1 to 8: a kernel to measure the sparse ones against.
 
@@ -174,6 +240,11 @@ class Library:
             ctypes.byref(where),
         )
         return wrong, where.value
+
+
+def _matrix(slices: Slices) -> tuple[int, ...]:
+    parts = (slices.steps, slices.windows, slices.starts, slices.order)
+    return (*(part.data_ptr() for part in parts), slices.order.numel(), slices.columns, CODES[slices.values])
 
 
 def _not_here(path: str, available: list[str]) -> str:

@@ -45,20 +45,22 @@ def sparse_linear(
     Raises:
         PhoenixError: shapes or dtypes don't fit together.
     """
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _wants_gradient(x, bias)):
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and wants_gradient(x, bias)):
         return _operator(x, bitmask, values, row_offsets, scales, bias)
-    return _multiply(x, bitmask, values, row_offsets, scales, bias)
+    return multiply(x, bitmask, values, row_offsets, scales, bias)
 
 
-def _wants_gradient(x: Tensor, bias: Tensor | None) -> bool:
+def wants_gradient(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether either is to be differentiated by."""
     return x.requires_grad or (bias is not None and bias.requires_grad)
 
 
-def _multiply(
+def multiply(
     x: Tensor, bitmask: Tensor, values: Tensor, row_offsets: Tensor, scales: Tensor | None, bias: Tensor | None
 ) -> Tensor:
+    """`sparse_linear` without gradients."""
     columns, rows = x.shape[-1], bitmask.shape[0]
-    wrong = wrong_form(bitmask, values, row_offsets, columns, scales) or _wrong_operands(x, bitmask, bias)
+    wrong = wrong_form(bitmask, values, row_offsets, columns, scales) or wrong_operands(x, bitmask.device, rows, bias)
     if wrong:
         raise PhoenixError(f"sparse_linear: {wrong}")
     compiled = library() if x.device.type == "cpu" and x.dtype in FLOATS and values.dtype in CODES else None
@@ -77,13 +79,14 @@ def _multiply(
     return y
 
 
-def _wrong_operands(x: Tensor, bitmask: Tensor, bias: Tensor | None) -> str | None:
+def wrong_operands(x: Tensor, device: torch.device, rows: int, bias: Tensor | None) -> str | None:
+    """What is wrong with x and the bias for a weight of that many rows on that device, or None."""
     if x.dtype not in (*FLOATS, torch.float16):
         return f"x is {x.dtype}; give it float32, bfloat16 or float16"
-    if x.device != bitmask.device:
-        return f"x is on {x.device}, the weight on {bitmask.device}"
-    if bias is not None and (bias.shape != bitmask.shape[:1] or bias.device != x.device):
-        return f"the bias is {tuple(bias.shape)} on {bias.device}, not ({bitmask.shape[0]},) on {x.device}"
+    if x.device != device:
+        return f"x is on {x.device}, the weight on {device}"
+    if bias is not None and (bias.shape != (rows,) or bias.device != x.device):
+        return f"the bias is {tuple(bias.shape)} on {bias.device}, not ({rows},) on {x.device}"
     return None
 
 
@@ -109,7 +112,7 @@ def _by_panels(
     size = max(1, min(rows, PANEL // (columns * dtype.itemsize)))
     for first in range(0, rows, size):
         some = slice(first, min(rows, first + size))
-        panel = _scratch((some.stop - first) * columns, dtype).view(-1, columns)
+        panel = scratch((some.stop - first) * columns, dtype).view(-1, columns)
         compiled.expand(bitmask, values, row_offsets, first, panel)
         product = torch.mm(wide, panel.t())
         y[:, some] = portable.finish(
@@ -118,7 +121,7 @@ def _by_panels(
     return y
 
 
-def _scratch(count: int, dtype: torch.dtype) -> Tensor:
+def scratch(count: int, dtype: torch.dtype) -> Tensor:
     """Memory that a thread keeps: pages asked for anew would have to be cleared anew."""
     size = count * dtype.itemsize
     if getattr(_kept, "panel", None) is None or _kept.panel.numel() < size:
@@ -137,7 +140,7 @@ def _operator(
     bias: Tensor | None = None,
 ) -> Tensor:
     """The same for torch's compiler and autograd; called directly it would cost tens of microseconds."""
-    return _multiply(x, bitmask, values, row_offsets, scales, bias)
+    return multiply(x, bitmask, values, row_offsets, scales, bias)
 
 
 @_operator.register_fake
@@ -155,12 +158,24 @@ def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: igno
     bitmask, values, row_offsets, scales = ctx.saved_tensors
     of_x = of_bias = None
     if ctx.needs_input_grad[0]:
-        weight = portable.unpack(bitmask, values, row_offsets, ctx.columns).float()
-        weight = weight if scales is None else weight * scales.float()[:, None]
-        of_x = (gradient.float() @ weight).to(gradient.dtype)
+        of_x = gradient_of_x(gradient, bitmask, values, row_offsets, scales, ctx.columns)
     if ctx.needs_input_grad[5]:
-        of_bias = gradient.float().flatten(0, -2).sum(0).to(ctx.bias_dtype)
+        of_bias = gradient_of_bias(gradient, ctx.bias_dtype)
     return of_x, None, None, None, None, of_bias
+
+
+def gradient_of_x(
+    gradient: Tensor, bitmask: Tensor, values: Tensor, row_offsets: Tensor, scales: Tensor | None, columns: int
+) -> Tensor:
+    """Of the gradient of y (…, out), that of x (…, in)."""
+    weight = portable.unpack(bitmask, values, row_offsets, columns).float()
+    weight = weight if scales is None else weight * scales.float()[:, None]
+    return (gradient.float() @ weight).to(gradient.dtype)
+
+
+def gradient_of_bias(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of the gradient of y (…, out), that of a bias of that dtype."""
+    return gradient.float().flatten(0, -2).sum(0).to(dtype)
 
 
 _operator.register_autograd(_backward, setup_context=_keep)
