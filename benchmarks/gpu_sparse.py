@@ -22,9 +22,9 @@ from torch import Tensor
 
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import write_json
-from phoenix_sparse.runtime.cuda.layout import TILE_COLUMNS, Layout, Plan, build
-from phoenix_sparse.runtime.cuda.linear import plan_for
-from phoenix_sparse.runtime.cuda.product import MOST, expand, multiply
+from phoenix_sparse.runtime.cuda import layout, product, scattered, scattered_product
+from phoenix_sparse.runtime.cuda.forms import MOST, Form, expand, multiply, parts_of, plan_for
+from phoenix_sparse.runtime.cuda.layout import TILE_COLUMNS, Layout
 
 SHAPES = [(14336, 4096), (4096, 14336), (6144, 4096), (28672, 4096)]
 CHECKED = [(64, 256, 0.5), (33, 130, 0.3), (300, 5000, 0.5), (16, 64, 1.0), (1, 8, 0.5), (1000, 1000, 0.05),
@@ -32,6 +32,9 @@ CHECKED = [(64, 256, 0.5), (33, 130, 0.3), (300, 5000, 0.5), (16, 64, 1.0), (1, 
 COLD = 130_000_000  # bytes that pass between two uses of a copy, twice the level-2 cache
 CEILING = 2**30  # bytes of the sum that bandwidth is measured with
 
+FEW = 0.3  # kept, up to which the layout that goes value by value is measured as well
+
+Plan = layout.Plan | scattered.Plan
 Launch = Callable[[], object]
 
 
@@ -40,13 +43,15 @@ def _sparse(out: int, columns: int, density: float, dtype: torch.dtype) -> Tenso
     return torch.where(torch.rand_like(weight) < density, weight, 0.0).to(dtype)
 
 
-def _layout(weight: Tensor, plan: Plan) -> Layout:
+def _form(weight: Tensor, plan: Plan) -> Form:
     kept = weight != 0
     out, columns = weight.shape
     bits = torch.nn.functional.pad(kept, (0, -columns % 8)).view(out, -1, 8).to(torch.uint8)
     bitmask = (bits << torch.arange(8, dtype=torch.uint8, device=weight.device)).sum(-1, dtype=torch.uint8)
     offsets = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0))
-    return build(bitmask, weight[kept], offsets, columns, plan)
+    if isinstance(plan, scattered.Plan):
+        return scattered.build(bitmask, weight[kept], offsets, columns, plan)
+    return layout.build(bitmask, weight[kept], offsets, columns, plan)
 
 
 def check(batches: list[int], plan: Plan) -> None:
@@ -58,23 +63,27 @@ def check(batches: list[int], plan: Plan) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         for out, columns, density in CHECKED:
             weight = _sparse(out, columns, density, dtype)
-            layout = _layout(weight, plan)
-            if not torch.equal(expand(layout), weight):
+            form = _form(weight, plan)
+            if not torch.equal(expand(form), weight):
                 raise PhoenixError(f"gpu_sparse: {out}x{columns} at {density:.0%} {dtype} is not unpacked as it was")
             for batch in batches:
                 x = torch.randn(batch, columns, device="cuda").to(dtype)
-                y, exact = multiply(x, layout), x.double() @ weight.double().t()
-                if not torch.equal(y, multiply(x, layout)):
+                y, exact = multiply(x, form), x.double() @ weight.double().t()
+                if not torch.equal(y, multiply(x, form)):
                     raise PhoenixError(f"gpu_sparse: {out}x{columns}, batch {batch}: two launches differ")
                 if not bool((y.double() - exact).norm() <= 5e-3 * exact.norm()):
                     raise PhoenixError(f"gpu_sparse: {out}x{columns} at {density:.0%}, batch {batch}: wrong {dtype}")
         print(f"checked: {len(CHECKED)} shapes in {dtype}, batches {batches}", flush=True)
 
 
-def _copies(layout: Layout, count: int) -> list[Layout]:
-    names = ("values", "bitmaps", "headers", "warps", "counters")
-    others = [{name: getattr(layout, name).clone() for name in names} for _ in range(count - 1)]
-    return [layout, *(dataclasses.replace(layout, **parts) for parts in others)]
+def _copies(form: Form, count: int) -> list[Form]:
+    names = parts_of(type(form))
+    others = [{name: getattr(form, name).clone() for name in names} for _ in range(count - 1)]
+    return [form, *(dataclasses.replace(form, **parts) for parts in others)]
+
+
+def _expand(form: Form, memory: Tensor) -> Tensor:
+    return product.expand(form, memory) if isinstance(form, Layout) else scattered_product.expand(form, memory)
 
 
 def microseconds(launches: list[Launch], repeats: int) -> float:
@@ -118,23 +127,26 @@ def _one(
     repeats: int,
 ) -> Iterator[dict[str, Any]]:
     out, columns = weight.shape
-    layout = _layout(weight, plan)
-    copies = _copies(layout, max(2, -(-COLD // layout.nbytes)))
-    memory = torch.empty(layout.blocks * TILE_COLUMNS * out, dtype=weight.dtype, device="cuda")
-    unpacked = microseconds([lambda c=c: expand(c, memory) for c in copies], repeats)
+    form = _form(weight, plan)
+    copies = _copies(form, max(2, -(-COLD // form.nbytes)))
+    memory = torch.empty(-(-columns // TILE_COLUMNS) * TILE_COLUMNS * out, dtype=weight.dtype, device="cuda")
+    unpacked = microseconds([lambda c=c: _expand(c, memory) for c in copies], repeats)
+    name = "value by value"
+    if isinstance(plan, layout.Plan) and isinstance(form, Layout):
+        name = f"{plan.warps}:{plan.ring}:{plan.slack}, depth {form.depth}"
     for batch, x in xs.items():
         time = microseconds([lambda c=c, x=x: multiply(x, c) for c in copies], repeats)
         yield {
             "shape": f"{out}x{columns}",
             "kept": density,
             "batch": batch,
-            "plan": f"{plan.warps}:{plan.ring}:{plan.slack}, depth {layout.depth}",
+            "plan": name,
             "cublas": base[batch],
             "phoenix": time,
             "factor": base[batch] / time,
-            "gigabytes": layout.nbytes / time / 1e3,
-            "share": layout.nbytes / limit / (time * 1e-6),
-            "bytes": layout.nbytes / (out * columns),
+            "gigabytes": form.nbytes / time / 1e3,
+            "share": form.nbytes / limit / (time * 1e-6),
+            "bytes": form.nbytes / (out * columns),
             "expand": unpacked,
         }
 
@@ -158,6 +170,8 @@ def measure(
         for density in densities:
             sparse = _sparse(out, columns, density, torch.bfloat16)
             for plan in plans:
+                if isinstance(plan, scattered.Plan) and density > FEW:
+                    continue
                 for row in _one(sparse, density, plan, xs, base, limit, repeats):
                     rows.append(row)
                     print({key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
@@ -180,10 +194,12 @@ def main() -> int:
         if not all(1 <= batch <= MOST for batch in options.batch):
             raise PhoenixError(f"gpu_sparse: --batch {options.batch}; a launch takes 1 to {MOST}")
         torch.manual_seed(0)
-        plans = [plan_for(torch.device("cuda"))]
+        gpu = torch.device("cuda")
+        plans: list[Plan] = [plan_for(gpu)]
         if options.plan:
             numbers = [[int(part) for part in text.split(":")] for text in options.plan]
-            plans = [Plan(plans[0].processors, warps=w, ring=r, slack=s) for w, r, s in numbers]
+            plans = [layout.Plan(plans[0].processors, warps=w, ring=r, slack=s) for w, r, s in numbers]
+        plans.append(scattered_product.plan_for(gpu))
         for plan in plans:
             check(sorted({1, 3, 8, 9, MOST, *options.batch}), plan)
         rows = measure(shapes, options.density, options.batch, plans, options.repeats)

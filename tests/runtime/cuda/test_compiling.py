@@ -6,8 +6,8 @@ import torch
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.runtime.cuda import compiling
 from phoenix_sparse.runtime.cuda.layout import PER_STREAM, TILE_COLUMNS, TOGETHER
-from phoenix_sparse.runtime.cuda.linear import CROSSOVER, CudaLinear, prove
-from phoenix_sparse.runtime.cuda.product import ROW, SLOTS, SUMMED, expand
+from phoenix_sparse.runtime.cuda.linear import CudaLinear, prove
+from phoenix_sparse.runtime.cuda.product import ROW, SLOTS, SUMMED
 from phoenix_sparse.runtime.packed import pack
 from phoenix_sparse.runtime.sparse_linear import SparseLinear
 
@@ -70,16 +70,17 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("out", "columns", "density"), [(300, 5000, 0.5), (33, 130, 0.3), (16, 64, 1.0), (40, 90, 0.0)]
+    ("out", "columns", "density"), [(300, 5000, 0.5), (33, 130, 0.3), (16, 64, 1.0), (40, 90, 0.0), (300, 700, 0.1)]
 )
 def test_on_the_gpu(out, columns, density, dtype):
-    prove(torch.device("cuda"), dtype)
+    for few in (False, True):
+        prove(torch.device("cuda"), dtype, few)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(out, columns, generator=generator)
     weight = torch.where(torch.rand(out, columns, generator=generator) < density, weight, 0.0).to(dtype)
     layer = CudaLinear.of(SparseLinear.of(pack(weight), dtype).cuda())
-    assert torch.equal(expand(layer.layout).cpu(), weight)
-    for batch in (1, 3, 8, 9, 16, 32, CROSSOVER, CROSSOVER + 1):
+    assert torch.equal(layer.dense().cpu(), weight)
+    for batch in (1, 3, 8, 9, 16, 32, 64, 65, 256, 257):
         x = torch.randn(batch, columns, generator=generator).to(dtype)
         y, exact = layer(x.cuda()), x.double() @ weight.double().t()
         assert (y.cpu().double() - exact).norm() <= 6e-3 * exact.norm()

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import phoenix_sparse.runtime.cuda.forms as forms
 import phoenix_sparse.runtime.cuda.linear as linear
 from phoenix_sparse.errors import PhoenixError
-from phoenix_sparse.runtime.cuda import product
+from phoenix_sparse.runtime.cuda import product, scattered, scattered_product
 from phoenix_sparse.runtime.cuda.layout import LANES, TOGETHER, Layout, Plan, build, divide, order
 from phoenix_sparse.runtime.packed import pack, quantize
 from phoenix_sparse.runtime.sparse_linear import SparseLinear
@@ -160,10 +161,20 @@ def test_the_emulator_sees_a_ring_that_is_too_small():
 def on_the_cpu(monkeypatch):
     """The operator with the emulator in the GPU's place."""
     emulated = pytest.importorskip("runtime.cuda.emulated")
-    monkeypatch.setattr(linear, "multiply", lambda x, layout, *rest: emulated.multiply(x, layout, False, *rest))
-    monkeypatch.setattr(
-        linear, "expand", lambda layout: emulated.expand(layout, False)[:, : layout.shape[1]].contiguous()
-    )
+
+    def multiply(x, form, *rest):
+        if isinstance(form, Layout):
+            return emulated.multiply(x, form, False, *rest)
+        return torch.cat([emulated.multiply_scattered(some, form, *rest) for some in x.split(16)])
+
+    def expand(form):
+        dense = emulated.expand(form, False) if isinstance(form, Layout) else emulated.expand_scattered(form)
+        return dense[:, : form.shape[1]].contiguous()
+
+    monkeypatch.setattr(linear, "multiply", multiply)
+    monkeypatch.setattr(linear, "expand", expand)
+    monkeypatch.setattr(forms, "plan_for", lambda device: PLANS[0])
+    monkeypatch.setattr(scattered_product, "plan_for", lambda device: scattered.Plan(3, warps=2))
 
 
 @needs_compiler
@@ -185,8 +196,7 @@ def test_the_operator(on_the_cpu):
 @needs_compiler
 def test_layers_are_prepared_and_proved(on_the_cpu, monkeypatch):
     here = torch.device("cpu")
-    monkeypatch.setattr(linear, "wanted", lambda device: True)
-    monkeypatch.setattr(linear, "plan_for", lambda device: PLANS[0])
+    monkeypatch.setattr(linear, "wanted", lambda device: "asked")
     weight = sparse(48, 200, 0.5)
     model = nn.Sequential(SparseLinear.of(quantize(pack(weight)), torch.bfloat16, nn.Parameter(torch.ones(48))))
     model.append(nn.ReLU())
@@ -200,11 +210,37 @@ def test_layers_are_prepared_and_proved(on_the_cpu, monkeypatch):
     right = linear.multiply
     monkeypatch.setattr(linear, "multiply", lambda *parts: right(*parts) * 1.1)
     with pytest.raises(PhoenixError, match="wrong products"):
-        linear.prove(here, torch.bfloat16)
+        linear.prove(here, torch.bfloat16, False)
     linear.prove.cache_clear()
     float32 = SparseLinear.of(pack(weight.float()), torch.float32)
     with pytest.raises(PhoenixError, match="compute in bfloat16 or float16"):
         linear.CudaLinear.of(float32)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("density", "kind"), [(0.5, Layout), (0.2, Layout), (0.1, scattered.Scattered)])
+def test_few_values_get_the_other_layout(on_the_cpu, density, kind):
+    weight = sparse(40, 300, density)
+    layer = linear.CudaLinear.of(SparseLinear.of(pack(weight), torch.bfloat16))
+    assert type(layer.form) is kind
+    assert torch.equal(layer.dense(), weight)
+    linear.prove.cache_clear()
+    linear.prove(torch.device("cpu"), torch.bfloat16, kind is scattered.Scattered)
+    linear.prove.cache_clear()
+    for rows in (1, 33, 300):
+        x = torch.randn(rows, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
+        exact = x.double() @ weight.double().t()
+        assert (layer(x).double() - exact).norm() <= 5e-3 * exact.norm()
+
+
+def test_a_model_in_float32_is_left_as_it_is_unless_kernels_were_asked_for(monkeypatch):
+    model = nn.Sequential(SparseLinear.of(pack(sparse(16, 64, 0.5).float()), torch.float32))
+    monkeypatch.setattr(linear, "wanted", lambda device: "usual")
+    linear.prepare(model, torch.device("cpu"))
+    assert isinstance(model[0], SparseLinear)
+    monkeypatch.setattr(linear, "wanted", lambda device: "asked")
+    with pytest.raises(PhoenixError, match="compute in bfloat16 or float16"):
+        linear.prepare(model, torch.device("cpu"))
 
 
 def test_a_layer_in_the_layout_is_neither_saved_nor_cast():
@@ -218,15 +254,15 @@ def test_a_layer_in_the_layout_is_neither_saved_nor_cast():
 @pytest.mark.parametrize(("kibibytes", "warps"), [(227, 8), (163, 6), (99, 4), (64, None)])
 def test_plans_fit_the_gpu(monkeypatch, kibibytes, warps):
     facts = SimpleNamespace(multi_processor_count=100, name="It")
-    monkeypatch.setattr(linear, "most_shared", lambda device: kibibytes * 1024)
+    monkeypatch.setattr(forms, "most_shared", lambda device: kibibytes * 1024)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
-    linear.plan_for.cache_clear()
+    forms.plan_for.cache_clear()
     if warps is None:
         with pytest.raises(PhoenixError, match="too little shared memory"):
-            linear.plan_for(torch.device("cuda"))
+            forms.plan_for(torch.device("cuda"))
     else:
-        assert linear.plan_for(torch.device("cuda")).warps == warps
-    linear.plan_for.cache_clear()
+        assert forms.plan_for(torch.device("cuda")).warps == warps
+    forms.plan_for.cache_clear()
 
 
 def test_what_the_product_refuses():
@@ -236,12 +272,18 @@ def test_what_the_product_refuses():
             product.multiply(x, layout)
 
 
-def test_the_kernels_are_wanted_by_name(monkeypatch):
+def test_the_kernels_are_usual_where_they_run(monkeypatch):
     gpu = torch.device("cuda")
-    assert not linear.wanted(gpu)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for capability, usual in (((9, 0), "usual"), ((8, 0), "usual"), ((7, 5), None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, known=capability: known)
+        assert linear.wanted(gpu) == usual
+        assert linear.wanted(torch.device("cpu")) is None
     monkeypatch.setenv(linear.VARIABLE, "kernels")
-    assert linear.wanted(gpu)
-    assert not linear.wanted(torch.device("cpu"))
+    assert linear.wanted(gpu) == "asked"
+    assert linear.wanted(torch.device("cpu")) is None
+    monkeypatch.setenv(linear.VARIABLE, "torch")
+    assert linear.wanted(gpu) is None
     monkeypatch.setenv(linear.VARIABLE, "fast")
     with pytest.raises(PhoenixError, match="PHOENIX_CUDA: 'fast'"):
         linear.wanted(gpu)

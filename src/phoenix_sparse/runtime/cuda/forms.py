@@ -1,0 +1,87 @@
+"""The two layouts of a matrix on a GPU: which one a matrix gets, and the product with either."""
+
+from dataclasses import fields
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.runtime.cuda import layout, product, scattered, scattered_product
+from phoenix_sparse.runtime.cuda.compiling import most_shared
+from phoenix_sparse.runtime.cuda.layout import Layout, Plan
+from phoenix_sparse.runtime.cuda.scattered import Scattered
+
+Form = Layout | Scattered
+KINDS = (Layout, Scattered)
+MOST = 32  # rows of x in one call of `multiply`
+FEW = 0.15
+"""Of weights kept, up to which a matrix goes value by value. On an H200 with 14336x4096 that is faster with up to 16
+rows of x at 10% (batch 1: 10.7 µs against 18.4), and no longer with 16 at 20% (24.0 µs)."""
+CROSSOVER = {Layout: 64, Scattered: 256}
+"""Rows of x beyond which W is expanded for cuBLAS: on an H200 expanding 14336x4096 takes 57 µs from bits and 250 µs
+value by value (10% kept), a product with 32 rows 36 µs and 33 µs, and cuBLAS 31 µs."""
+SIZES = ((8, 96), (6, 96), (4, 72))
+"""Warps, and rows of their rings: for 227, 163 and 99 KiB of shared memory in a block."""
+
+
+def build(bitmask: Tensor, values: Tensor, row_offsets: Tensor, columns: int) -> Form:
+    """The layout of a packed matrix, on its device.
+
+    Args:
+        bitmask: uint8 (out, ⌈columns/8⌉), as in `packed.Packed`.
+        values: (nnz,) bfloat16 or float16.
+        row_offsets: int64 (out + 1).
+        columns: of the matrix.
+    """
+    if values.numel() <= FEW * bitmask.shape[0] * columns:
+        plan = scattered_product.plan_for(bitmask.device)
+        return scattered.build(bitmask, values, row_offsets, columns, plan)
+    return layout.build(bitmask, values, row_offsets, columns, plan_for(bitmask.device))
+
+
+def multiply(x: Tensor, form: Form, scales: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """x (batch, in) · Wᵀ · scales + bias for at most `MOST` rows of x: see `product.multiply`."""
+    if isinstance(form, Layout):
+        return product.multiply(x, form, scales, bias)
+    return scattered_product.multiply(x, form, scales, bias)
+
+
+def expand(form: Form) -> Tensor:
+    """W (out, in) itself, in memory of its own."""
+    return product.expand(form) if isinstance(form, Layout) else scattered_product.expand(form)
+
+
+def parts_of(kind: type[Form]) -> list[str]:
+    """The fields of a layout that are tensors: the last ones."""
+    return [field.name for field in fields(kind) if field.type in (Tensor, "Tensor")]
+
+
+def numbers_of(form: Form) -> list[int]:
+    """What isn't a tensor of a layout: its kind, then its fields in order."""
+    rest = [field.name for field in fields(form) if field.name not in ("shape", *parts_of(type(form)))]
+    return [KINDS.index(type(form)), *form.shape, *(getattr(form, name) for name in rest)]
+
+
+def form_of(numbers: list[int], parts: list[Tensor]) -> Form:
+    """The layout of such numbers and tensors."""
+    number, out, columns, *rest = numbers
+    kind: Any = KINDS[number]
+    form: Form = kind((out, columns), *rest, *parts)
+    return form
+
+
+@cache
+def plan_for(device: torch.device) -> Plan:
+    """The plan of `layout.build` for a GPU: as many warps as its shared memory holds.
+
+    Raises:
+        PhoenixError: it holds too little.
+    """
+    facts, most = torch.cuda.get_device_properties(device), most_shared(device)
+    plans = [Plan(facts.multi_processor_count, warps=warps, ring=ring) for warps, ring in SIZES]
+    for plan in plans:
+        if product.shared_bytes(plan.warps, plan.ring, product.MOST) <= most:
+            return plan
+    raise PhoenixError(f"sparse kernels: {facts.name} has too little shared memory for them; set PHOENIX_CUDA=torch")
