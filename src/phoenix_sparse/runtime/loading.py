@@ -18,7 +18,7 @@ from phoenix_sparse.settings import Device, Dtype
 def load(directory: Path | str, dtype: Dtype = "auto", device: Device = "auto") -> Any:
     """Load a packed model for inference; its linears stay packed.
 
-    On a GPU, with `PHOENIX_CUDA=kernels`, they are put in the layout of Phoenix's kernels there; only that is kept.
+    On a GPU they are put in the layout of Phoenix's kernels there (see `cuda.linear.prepare`); only that is kept.
 
     Raises:
         PhoenixError: the directory isn't packed, a file of it is damaged, or the GPU's kernels can't be had.
