@@ -12,7 +12,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # rooms of one floor don't import each other.
 FLOORS = [
     ["errors", "settings", "progress"],
-    ["files", "determinism", "mask_formats", "processes"],
+    ["files", "jsonl", "determinism", "mask_formats", "processes"],
     ["checkpoint"],
     ["models", "masks", "tasks"],
     ["pruning", "finetuning"],
@@ -29,7 +29,7 @@ FLOORS = [
     ["cli"],
 ]
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
-GROUND = {"errors", "settings", "progress", "files"}
+GROUND = {"errors", "settings", "progress", "files", "jsonl"}
 # Wings read directories: they know the ground floor, the formats on disk, and no step's insides.
 WINGS = {
     "report": GROUND,

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from phoenix_sparse import pipeline
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import read_json, sha256
+from phoenix_sparse.jsonl import read_jsonl
 from phoenix_sparse.masks import load_mask, masks_sha256
 from phoenix_sparse.models import prunable_linears, save_model
 from phoenix_sparse.recipe import Recipe, check, dump_recipe, load_recipe, override
@@ -31,6 +33,8 @@ FILES = {
     *("tune.json", "search.json", "merged/model.safetensors", "merged/config.json", "certificate.json"),
     *("sparse/tokenizer.json", "merged/tokenizer.json", "eval.json", "perplexity.json", "flops.json"),
     *("baselines/dense/eval.json", "baselines/pruned/eval.json", "baselines/dense_lora/eval.json"),
+    *("predictions.jsonl", "baselines/dense/predictions.jsonl", "baselines/pruned/predictions.jsonl"),
+    "baselines/dense_lora/predictions.jsonl",
     *("baselines/dense_lora/tune.json", "baselines/dense_lora/merged/model.safetensors"),
     "baselines/dense_lora/adapter/adapter_model.safetensors",
 }
@@ -208,6 +212,9 @@ def test_accuracies_are_in_the_harness_s_schema(calm, place):
     assert ours["stderr"] == results["results"]["even"]["acc_stderr,none"]
     assert (ours["metric"], ours["task"], ours["split"], ours["examples"]) == ("acc,none", "even", "test", 20)
     assert 0 < ours["accuracy"] <= 1
+    answers = read_jsonl(calm / place / "predictions.jsonl")
+    assert sum(answer["score"] for answer in answers) == pytest.approx(20 * ours["accuracy"])
+    assert all(answer["choices"] == ["yes", "no"] and answer["prompt"].endswith("even?") for answer in answers)
     assert read_json(calm / place / "perplexity.json")["perplexity"] > 1
 
 
@@ -217,6 +224,11 @@ def test_the_report_shows_what_was_measured(calm):
         accuracy = read_json(calm / place / "eval.json")["phoenix"]["accuracy"]
         assert f"{100 * accuracy:.1f}" in html
         assert f"{100 * accuracy:.1f}" in card
+    rows = {place: read_jsonl(calm / place / "predictions.jsonl") for place in (".", "baselines/pruned")}
+    apart = [mine["score"] - theirs["score"] for mine, theirs in zip(*rows.values(), strict=True)]
+    spread = (statistics.variance(apart) / len(apart)) ** 0.5
+    assert f"minus pruning alone: {100 * statistics.fmean(apart):+.1f} ± {100 * spread:.1f}".replace("-", "−") in html
+    assert "on the same examples" in html
     assert sha256(calm / "merged") in html or sha256(calm / "merged")[:12] in html
 
 

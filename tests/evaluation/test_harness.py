@@ -90,7 +90,7 @@ def by_hand(model, tokenizer, prompt, choice):
 
 
 def test_multiple_choice_agrees_with_a_count_by_hand(model, tokenizer, choosing):
-    results = evaluate(model, tokenizer, choosing, batch_size=4, seed=0, log_samples=True)
+    results = evaluate(model, tokenizer, choosing, batch_size=4, seed=0, with_predictions=True)
     right = []
     for row in choosing.rows["test"]:
         scores = [by_hand(model, tokenizer, f"{row['question']}\nAnswer:", choice) for choice in (" no", " yes")]
@@ -100,24 +100,31 @@ def test_multiple_choice_agrees_with_a_count_by_hand(model, tokenizer, choosing)
     spread = (sum((score - accuracy) ** 2 for score in right) / (len(right) - 1) / len(right)) ** 0.5
     assert results["phoenix"]["stderr"] == pytest.approx(spread)
     assert results["phoenix"]["stderr"] == results["results"]["boxes"]["acc_stderr,none"]
-    sample = results["samples"]["boxes"][0]
-    row = choosing.rows["test"][0]
-    assert sample["resps"][0][0][0] == pytest.approx(
-        by_hand(model, tokenizer, f"{row['question']}\nAnswer:", " no"), abs=1e-4
-    )
+    for found, row, score in zip(results["predictions"], choosing.rows["test"], right, strict=True):
+        prompt = f"{row['question']}\nAnswer:"
+        assert (found["prompt"], found["choices"], found["target"]) == (prompt, ["no", "yes"], row["label"])
+        expected = [by_hand(model, tokenizer, prompt, choice) for choice in (" no", " yes")]
+        assert found["loglikelihoods"] == pytest.approx(expected, abs=1e-4)
+        assert found["score"] == score == float(found["prediction"] == found["target"])
+    assert [found["example"] for found in results["predictions"]] == list(range(len(right)))
+    assert len({found["hash"] for found in results["predictions"]}) == len(right)
+    assert "samples" not in results
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_generation_agrees_with_greedy_decoding_one_by_one(model, tokenizer, generating, batch_size):
-    results = evaluate(model, tokenizer, generating, batch_size=batch_size, seed=0, log_samples=True)
-    for sample, row in zip(results["samples"]["boxes"], generating.rows["test"], strict=True):
+    results = evaluate(model, tokenizer, generating, batch_size=batch_size, seed=0, with_predictions=True)
+    for found, row in zip(results["predictions"], generating.rows["test"], strict=True):
         tokens = tokenizer(f"{row['question']}\nAnswer:")["input_ids"]
         start = len(tokens)
         with torch.no_grad():
             while len(tokens) < start + 12 and tokens[-1] != 0:
                 tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
         text = tokenizer.decode(tokens[start:], skip_special_tokens=True).split("\n")[0]
-        assert sample["resps"] == [[text]]
+        assert found["output"] == text
+        assert found["score"] == float(found["prediction"] == found["target"])
+    accuracy = sum(found["score"] for found in results["predictions"]) / len(results["predictions"])
+    assert results["phoenix"]["accuracy"] == pytest.approx(accuracy)
 
 
 def test_results_have_the_schema(model, tokenizer, choosing):
@@ -157,9 +164,9 @@ def test_few_shot_prompts_follow_the_seed(model, tokenizer, choosing):
     model.config.max_position_embeddings = 512
 
     def shown(seed):
-        results = evaluate(model, tokenizer, choosing, batch_size=4, seed=seed, num_fewshot=2, log_samples=True)
+        results = evaluate(model, tokenizer, choosing, batch_size=4, seed=seed, num_fewshot=2, with_predictions=True)
         assert results["n-shot"] == {"boxes": 2}
-        return [sample["arguments"][0][0] for sample in results["samples"]["boxes"]]
+        return [found["prompt"] for found in results["predictions"]]
 
     assert shown(0) == shown(0)
     assert shown(0) != shown(1)
@@ -190,24 +197,24 @@ def test_modes_come_back_after_an_error(model, tokenizer, generating, monkeypatc
 
 
 def test_dropout_is_off(model, tokenizer, choosing):
-    expected = evaluate(model, tokenizer, choosing, batch_size=4, seed=0, log_samples=True)["samples"]
+    expected = evaluate(model, tokenizer, choosing, batch_size=4, seed=0, with_predictions=True)["predictions"]
     model.train()
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.9
-    assert evaluate(model, tokenizer, choosing, batch_size=4, seed=0, log_samples=True)["samples"] == expected
+    assert evaluate(model, tokenizer, choosing, batch_size=4, seed=0, with_predictions=True)["predictions"] == expected
 
 
 def test_an_adapter_scores_as_its_merge(model, tokenizer, generating):
     from peft import LoraConfig, get_peft_model
 
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
-    before = evaluate(adapted, tokenizer, generating, batch_size=4, seed=0, log_samples=True)
-    after = evaluate(adapted.merge_and_unload(), tokenizer, generating, batch_size=4, seed=0, log_samples=True)
-    assert before["samples"] == after["samples"]
+    before = evaluate(adapted, tokenizer, generating, batch_size=4, seed=0, with_predictions=True)
+    after = evaluate(adapted.merge_and_unload(), tokenizer, generating, batch_size=4, seed=0, with_predictions=True)
+    assert before["predictions"] == after["predictions"]
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.mul_(-1)
-    changed = evaluate(model, tokenizer, generating, batch_size=4, seed=0, log_samples=True)
-    assert changed["samples"] != after["samples"]
+    changed = evaluate(model, tokenizer, generating, batch_size=4, seed=0, with_predictions=True)
+    assert changed["predictions"] != after["predictions"]
 
 
 def test_truncated_prompts_are_counted(model, tokenizer, generating):
@@ -224,11 +231,11 @@ def test_truncated_choices_are_counted(model, tokenizer, choosing):
 
     def run(context):
         model.config.max_position_embeddings = context
-        return evaluate(model, tokenizer, choosing, batch_size=4, seed=0, log_samples=True)
+        return evaluate(model, tokenizer, choosing, batch_size=4, seed=0, with_predictions=True)
 
     whole, fitting, cut = run(96), run(longest - 1), run(longest - 2)
     assert [results["phoenix"]["truncated"] > 0 for results in (whole, fitting, cut)] == [False, False, True]
-    assert fitting["samples"] == whole["samples"] != cut["samples"]
+    assert fitting["predictions"] == whole["predictions"] != cut["predictions"]
 
 
 def test_a_context_without_room_is_refused(model, tokenizer, generating):

@@ -24,6 +24,22 @@ SHAPES = {
 }
 
 
+def answers(right: int, examples: int = 240) -> list[dict[str, Any]]:
+    """So many of them right, the first ones."""
+    return [
+        {
+            "example": number,
+            "hash": f"{number:016x}",
+            "prompt": f"Question: what is {number} + 1?\nAnswer:",
+            "target": f"{number + 1}",
+            "prediction": f"{number + 1}" if number < right else "no idea",
+            "output": " It is so.",
+            "score": float(number < right),
+        }
+        for number in range(examples)
+    ]
+
+
 def run_files() -> dict[str, Any]:
     """The run's files by relative path, as values to be changed by a test before they are written."""
     layers = {f"model.layers.{block}.{name}": shape for block in range(BLOCKS) for name, shape in SHAPES.items()}
@@ -209,6 +225,8 @@ def write_run(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
             path = directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump(value, sort_keys=False) if path.suffix == ".yaml" else json.dumps(value)
+            if path.suffix == ".jsonl":
+                text = "".join(json.dumps(row) + "\n" for row in value)
             path.write_text(text, encoding="utf-8")
         return directory
 

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.report import build_report
+from report.conftest import answers
 
 Write = Callable[[dict[str, Any]], Path]
 HOSTILE = "</script><img src=x onerror=alert(1)>'\"`|${7*7}{{ 7*7 }} $x^2$ \\"
@@ -176,6 +177,22 @@ def test_a_certificate_that_does_not_hold_is_said_so(files: dict[str, Any], writ
     assert "12,345 weights off the mask are non-zero" in text  # the headline
     assert "none is non-zero" not in text
     assert "100.00%" not in text  # 99.999 % isn't rounded up to all
+
+
+def test_answers_are_shown_and_compared_one_by_one(files: dict[str, Any], write_run: Write) -> None:
+    before = read(build_report(write_run(files))).text
+    assert "independent samples" in before
+    assert "predictions.jsonl" not in before
+    for role, right in (("", 90), ("baselines/pruned/", 60)):
+        files[f"{role}predictions.jsonl"] = answers(right)
+    page = read(build_report(write_run(files))).text
+    error = 100 * (0.125 * 0.875 / 239) ** 0.5  # 30 of 240 differ
+    assert f"± {error:.1f} points" in page
+    assert "what is 0 + 1?" in page
+    assert "It is so." in page
+    assert "All 240 are in predictions.jsonl" in page
+    files["baselines/pruned/predictions.jsonl"][3]["hash"] = "another"
+    assert f"± {error:.1f} points" not in read(build_report(write_run(files))).text
 
 
 def test_accuracies_of_different_ways_are_not_compared(files: dict[str, Any], write_run: Write) -> None:

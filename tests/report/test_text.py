@@ -5,7 +5,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phoenix_sparse.report.records import Accuracy, Allocation
-from phoenix_sparse.report.text import accuracy, difference, flatten, percent, pruning, scaled, seconds, size, times
+from phoenix_sparse.report.text import (
+    accuracy,
+    difference,
+    ending,
+    flatten,
+    percent,
+    pruning,
+    scaled,
+    seconds,
+    size,
+    times,
+)
 
 
 def measured(value: float, stderr: float | None) -> Accuracy:
@@ -30,6 +41,15 @@ def test_accuracy() -> None:
     assert accuracy(None) == "not measured"
     assert accuracy(measured(0.4117, 0.0136)) == "41.2% ± 1.4"
     assert accuracy(measured(0.4117, None)) == "41.2%"
+
+
+def test_a_paired_difference_has_its_own_error() -> None:
+    assert difference(measured(0.42, 0.04), measured(0.30, 0.03), (0.12, 0.021)) == "+12.0 ± 2.1 points"
+
+
+def test_only_the_end_of_a_long_prompt_is_shown() -> None:
+    assert ending(" a question ") == "a question"
+    assert ending("x" * 500 + "?", 10) == "… " + "x" * 9 + "?"
 
 
 def test_difference_adds_the_variances() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.evaluation.predictions import predictions
 from phoenix_sparse.tasks import Split, Task
 from phoenix_sparse.tasks.loading import quiet_harness
 
@@ -34,7 +35,7 @@ def evaluate(
     limit: int | None = None,
     seed: int,
     num_fewshot: int | None = None,
-    log_samples: bool = False,
+    with_predictions: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Score a model on a task with greedy decoding.
@@ -44,7 +45,7 @@ def evaluate(
         limit: only the first so many examples of the split.
         seed: draws the solved examples of a few-shot prompt; nothing else is random.
         num_fewshot: solved examples before each question; the task's own number unless given.
-        log_samples: keep prompts, responses and scores under `samples`.
+        with_predictions: keep each example's prompt, answer and score under `predictions` (see there).
         progress: show lm-eval's progress bars and log lines.
 
     Returns:
@@ -69,10 +70,12 @@ def evaluate(
             language_model,
             {"tasks": {task.name: harness_task}, "groups": {}, "group_map": {}},
             bootstrap_iters=_STANDARD_ERRORS,
-            log_samples=log_samples,
+            log_samples=with_predictions,
         )
     seconds = time.perf_counter() - start
     results = _plain(results)
+    if with_predictions:
+        results["predictions"] = predictions(results.pop("samples")[task.name], task.metric)
     results["configs"][task.name].pop("custom_dataset", None)
     results["n-samples"][task.name]["original"] = len(task.rows[split])
     scores = results["results"][task.name]

@@ -1,5 +1,7 @@
 """What a run directory says: its JSON files, read, checked and put side by side. Nothing is filled in."""
 
+import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +11,8 @@ import yaml
 from pydantic import ValidationError
 
 from phoenix_sparse.errors import PhoenixError
-from phoenix_sparse.files import read_json
+from phoenix_sparse.files import parse_yaml, read_json
+from phoenix_sparse.jsonl import read_jsonl
 from phoenix_sparse.report.records import (
     Accuracy,
     AllAccuracies,
@@ -18,6 +21,7 @@ from phoenix_sparse.report.records import (
     Flops,
     Manifest,
     Perplexity,
+    Prediction,
     Record,
     Search,
     Tune,
@@ -33,6 +37,9 @@ ROLE_NAMES = {
 }
 
 
+SHOWN = 3  # right answers, and wrong ones
+
+
 @dataclass(frozen=True)
 class Facts:
     """Everything that a report shows. None, or a missing key, where a file is missing."""
@@ -40,6 +47,7 @@ class Facts:
     manifest: Manifest
     recipe: Mapping[str, Any] | None
     accuracies: Mapping[str, Accuracy]
+    predictions: Mapping[str, list[Prediction]]
     all_accuracies: Mapping[str, AllAccuracies]
     tunes: Mapping[str, Tune]
     perplexities: Mapping[str, Perplexity]
@@ -67,6 +75,21 @@ class Facts:
         ways = {(a.task, a.metric, a.split, a.examples, a.num_fewshot) for a in self.accuracies.values()}
         return len(ways) <= 1
 
+    def paired(self, one: str, other: str) -> tuple[float, float] | None:
+        """Mean and standard error of one role's score minus another's on the same examples; None if they aren't."""
+        first, second = self.predictions.get(one, []), self.predictions.get(other, [])
+        if len(first) < 2 or [row.hash for row in first] != [row.hash for row in second]:
+            return None
+        apart = [mine.score - theirs.score for mine, theirs in zip(first, second, strict=True)]
+        return statistics.fmean(apart), statistics.stdev(apart) / math.sqrt(len(apart))
+
+    @property
+    def examples(self) -> list[Prediction]:
+        """Answers of the result to show: the first ones that are right, and the first ones that aren't."""
+        rows = self.predictions.get("tuned", [])
+        right, wrong = [row for row in rows if row.score], [row for row in rows if not row.score]
+        return right[:SHOWN] + wrong[:SHOWN]
+
 
 def read_facts(run_directory: Path) -> Facts:
     """Read the files of a run directory.
@@ -87,6 +110,7 @@ def read_facts(run_directory: Path) -> Facts:
         manifest=manifest,
         recipe=_read_recipe(run_directory / "recipe.yaml"),
         accuracies=_by_role(run_directory, "eval.json", Accuracy, "phoenix"),
+        predictions=_predictions(run_directory),
         all_accuracies=_by_role(run_directory, "eval_all.json", AllAccuracies),
         tunes=_by_role(run_directory, "tune.json", Tune),
         perplexities=_by_role(run_directory, "perplexity.json", Perplexity),
@@ -96,6 +120,15 @@ def read_facts(run_directory: Path) -> Facts:
         flops=_read(run_directory / "flops.json", Flops),
         has_merged_model=(run_directory / "merged" / "config.json").is_file(),
     )
+
+
+def _predictions(run_directory: Path) -> dict[str, list[Prediction]]:
+    found = {}
+    for role, place in ROLES.items():
+        path = run_directory / place / "predictions.jsonl"
+        if path.exists():
+            found[role] = [_check(path, Prediction, row) for row in read_jsonl(path)]
+    return found
 
 
 R = TypeVar("R", bound=Record)
@@ -110,6 +143,10 @@ def _read(path: Path, kind: type[R], key: str | None = None) -> R | None:
         if not isinstance(value, dict) or key not in value:
             raise PhoenixError(f"{path}: no {key!r} in it; the file is not one that Phoenix wrote")
         value = value[key]
+    return _check(path, kind, value)
+
+
+def _check(path: Path, kind: type[R], value: Any) -> R:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -127,7 +164,7 @@ def _read_recipe(path: Path) -> Mapping[str, Any] | None:
     if not path.exists():
         return None
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recipe = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise PhoenixError(f"{path}: not a YAML file ({type(error).__name__})") from error
     if not isinstance(recipe, dict):

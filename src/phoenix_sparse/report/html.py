@@ -53,6 +53,7 @@ def environment(escape: bool) -> Any:
         text.size,
         text.times,
         text.difference,
+        text.ending,
     ):
         found.filters[function.__name__] = function
     return found

@@ -66,6 +66,31 @@ class Accuracy(Record):
     seconds: float | None = None
 
 
+class Prediction(Record):
+    example: NonNegativeInt
+    hash: str
+    prompt: str
+    target: str | int | list[str]
+    prediction: str | int
+    choices: list[str] | None = None
+    output: str | None = None
+    score: float
+
+    @property
+    def expected(self) -> str:
+        return self._as_text(self.target)
+
+    @property
+    def answer(self) -> str:
+        """What the model wrote, or the choice that it found likeliest."""
+        return self._as_text(self.prediction) if self.output is None else self.output.strip()
+
+    def _as_text(self, answer: str | int | list[str]) -> str:
+        if self.choices and isinstance(answer, int) and 0 <= answer < len(self.choices):
+            return self.choices[answer]
+        return "; ".join(answer) if isinstance(answer, list) else str(answer).strip()
+
+
 class AllAccuracies(Record):
     """Of one model on the run's own task and on those of evaluate.also."""
 

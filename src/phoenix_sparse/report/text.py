@@ -64,12 +64,26 @@ def times(reduction: float | None) -> str:
     return "–" if reduction is None else f"{reduction:.2f}×"
 
 
-def difference(one: Accuracy, other: Accuracy) -> str:
-    """One accuracy minus another in points, with the standard error of two independent measurements."""
+def difference(one: Accuracy, other: Accuracy, paired: tuple[float, float] | None = None) -> str:
+    """One accuracy minus another in points, with its standard error.
+
+    Args:
+        one: measured.
+        other: measured on the same split.
+        paired: mean and standard error of the difference on the same examples; without it the error is that of two
+            independent measurements.
+    """
     points = f"{100 * (one.accuracy - other.accuracy):+.1f}".replace("-", "−")
+    if paired is not None:
+        return f"{points} ± {100 * paired[1]:.1f} points"
     if one.stderr is None or other.stderr is None:
         return f"{points} points"
     return f"{points} ± {100 * math.hypot(one.stderr, other.stderr):.1f} points"
+
+
+def ending(text: str, length: int = 400) -> str:
+    """The last characters of a long text: of a prompt, the question."""
+    return text.strip() if len(text.strip()) <= length else "… " + text.strip()[-length:]
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

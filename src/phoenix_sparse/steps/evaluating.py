@@ -1,12 +1,13 @@
 """The evidence on files: a model in, its accuracy, perplexity and FLOPs out."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.evaluation.settings import EvaluateSettings, PerplexitySettings
-from phoenix_sparse.files import read_text, write_json
+from phoenix_sparse.files import read_text, write_json, write_text
 from phoenix_sparse.masks import Masks
 from phoenix_sparse.models import empty_model, load_config
 from phoenix_sparse.steps.machine import Machine, longest
@@ -33,29 +34,33 @@ def evaluate(
     machine: Machine,
     also: Sequence[Task] = (),
 ) -> list[str]:
-    """Score a model on a split of a task and on a text, where they are given. Writes eval.json, perplexity.json.
+    """Score a model on a split of a task and on a text, where they are given.
 
-    With further tasks, also eval_<task>.json for each of them, and eval_all.json: the headline figures of all, and
-    `mean_accuracy` over the tasks.
+    Writes eval.json, predictions.jsonl (an example with its answer and score a line) and perplexity.json. With further
+    tasks, also eval_<task>.json and predictions_<task>.jsonl for each of them, and eval_all.json: the headline figures
+    of all, and `mean_accuracy` over the tasks.
     """
     from phoenix_sparse.evaluation import harness
 
     model, tokenizer = machine.open(source)
     written = []
     if task is not None:
-        results = harness.evaluate(
-            model, tokenizer, task, split=settings.split, batch_size=settings.batch_size, seed=machine.seed
-        )
-        write_json(out / "eval.json", results)
-        written.append("eval.json")
-        headlines = {task.name: results["phoenix"]}
-        for other in also:
+        headlines = {}
+        for one, suffix in [(task, ""), *((other, f"_{other.name}") for other in also)]:
             results = harness.evaluate(
-                model, tokenizer, other, split=settings.split, batch_size=settings.batch_size, seed=machine.seed
+                model,
+                tokenizer,
+                one,
+                split=settings.split,
+                batch_size=settings.batch_size,
+                seed=machine.seed,
+                with_predictions=True,
             )
-            headlines[other.name] = results["phoenix"]
-            write_json(out / f"eval_{other.name}.json", results)
-            written.append(f"eval_{other.name}.json")
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in results.pop("predictions")]
+            write_text(out / f"predictions{suffix}.jsonl", "".join(lines))
+            write_json(out / f"eval{suffix}.json", results)
+            written += [f"eval{suffix}.json", f"predictions{suffix}.jsonl"]
+            headlines[one.name] = results["phoenix"]
         if also:
             mean = sum(one["accuracy"] for one in headlines.values()) / len(headlines)
             write_json(out / "eval_all.json", {"tasks": headlines, "mean_accuracy": mean})

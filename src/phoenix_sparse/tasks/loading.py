@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import sha256
+from phoenix_sparse.jsonl import read_jsonl
 from phoenix_sparse.tasks.definition import Definition, harness_config, load_definition
-from phoenix_sparse.tasks.jsonl import read_jsonl
 from phoenix_sparse.tasks.settings import TaskSettings
 from phoenix_sparse.tasks.splits import Row, carve, hold_out, question_key, sample, without
 

@@ -8,7 +8,7 @@ from phoenix_sparse.errors import PhoenixError
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read one split of a task.
+    """Read one file.
 
     Raises:
         PhoenixError: the file is missing, empty or not UTF-8, or a line isn't a JSON object (NaN and a key that

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phoenix_sparse.errors import PhoenixError
-from phoenix_sparse.tasks.jsonl import read_jsonl
+from phoenix_sparse.jsonl import read_jsonl
 
 ROWS = st.lists(st.dictionaries(st.text(max_size=5), st.text() | st.integers() | st.booleans()), min_size=1, max_size=5)
 
