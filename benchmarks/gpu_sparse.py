@@ -23,8 +23,9 @@ from torch import Tensor
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import write_json
 from phoenix_sparse.runtime.cuda import layout, product, scattered, scattered_product
-from phoenix_sparse.runtime.cuda.forms import MOST, Form, expand, multiply, parts_of, plan_for
+from phoenix_sparse.runtime.cuda.forms import Form, expand, multiply, parts_of, plan_for
 from phoenix_sparse.runtime.cuda.layout import TILE_COLUMNS, Layout
+from phoenix_sparse.runtime.cuda.operands import MOST
 
 SHAPES = [(14336, 4096), (4096, 14336), (6144, 4096), (28672, 4096)]
 CHECKED = [(64, 256, 0.5), (33, 130, 0.3), (300, 5000, 0.5), (16, 64, 1.0), (1, 8, 0.5), (1000, 1000, 0.05),

@@ -1,11 +1,21 @@
 import os
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from phoenix_sparse.errors import PhoenixError
-from phoenix_sparse.files import atomic_path, disk_is_full, inside, read_json, sha256, write_json, write_text
+from phoenix_sparse.files import (
+    atomic_path,
+    disk_is_full,
+    inside,
+    parse_yaml,
+    read_json,
+    sha256,
+    write_json,
+    write_text,
+)
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -83,3 +93,25 @@ def test_names_stay_inside(tmp_path, name):
     with pytest.raises(PhoenixError, match="leads out"):
         inside(tmp_path, name)
     assert inside(tmp_path, "a/b") == tmp_path / "a" / "b"
+
+
+@pytest.mark.parametrize("text", ["4:2", "2:4", "-1:30", "1:30:00", "190:20:30.15", "+1:0.5"])
+def test_yaml_has_no_numbers_of_base_60(text):
+    assert not isinstance(yaml.safe_load(text), str)  # so it has been, and this test sees the difference
+    assert parse_yaml(text) == text
+    assert parse_yaml(f"{{a: [{text}]}}") == {"a": [text]}
+    assert parse_yaml(yaml.safe_dump(text)) == text
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.dates() | st.text("ab:4.2 -"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab:4", max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(VALUES)
+def test_all_else_of_yaml_stays_what_it_is(value):
+    assert parse_yaml(yaml.safe_dump(value)) == value
+    for text in ("0x1F", "0b1", "017", "1_000", "1.5e+3", ".inf", "yes", "~", "2025-01-02", "!!int '4:2'"):
+        assert parse_yaml(text) == yaml.safe_load(text)

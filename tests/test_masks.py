@@ -1,6 +1,7 @@
 import io
 import json
 import pickle
+import shutil
 import struct
 import warnings
 import zipfile
@@ -491,3 +492,17 @@ def test_a_kept_weight_may_be_zero(llama):
 def test_the_histogram_is_a_picture(tmp_path, llama):
     plot_sparsity_histogram(random_masks(prunable_linears(llama)), save_path=tmp_path / "h.png")
     assert (tmp_path / "h.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_directory_in_the_place_of_masks_is_named_for_what_it_is(tmp_path, model_directory):
+    expected = "and masks are one file; give the one that pruning wrote, such as"
+    with pytest.raises(PhoenixError) as error:
+        load_mask(model_directory)
+    assert str(error.value) == f"masks: {model_directory} is a model's directory, {expected} masks.safetensors"
+    run = tmp_path / "run"
+    shutil.copytree(model_directory, run / "sparse")
+    save_mask(few_masks(), run / "masks.safetensors")
+    for place, kind in ((run, "a directory"), (run / "sparse", "a model's directory")):
+        with pytest.raises(PhoenixError) as error:
+            load_mask(place)
+        assert str(error.value) == f"masks: {place} is {kind}, {expected} {run / 'masks.safetensors'}"

@@ -49,6 +49,9 @@ def refusal(action) -> str:
         ("sparsify.sparsity=1.0", "sparsify.sparsity=1.0 should be less than 1"),
         ("sparsify.sparsity=-0.1", "sparsify.sparsity=-0.1 should be greater than or equal to 0"),
         ("sparsify.sparsity=half", "sparsify.sparsity='half' should be a valid number"),
+        ("sparsify.pattern=4:2", "sparsify.pattern='4:2': '4:2' is no pattern; use unstructured, N:M with N < M"),
+        ("sparsify.pattern=1:2:4", "sparsify.pattern='1:2:4': '1:2:4' is no pattern"),
+        ("seed=1:30", "seed='1:30' should be a valid integer"),
         ("sparsify.importance=wand", "sparsify.importance='wand': 'wand' is not known; use one of"),
         ("finetune.epochs=0", "finetune.epochs=0 should be greater than 0"),
         ("finetune.learning_rate=.nan", "finetune.learning_rate=nan should be"),
@@ -180,6 +183,16 @@ def test_overrides(tmp_path):
     again = load_recipe(path, [*changes, "evaluate.perplexity=null", "task=boolq", "finetune.targets=null"])
     assert again.evaluate.perplexity is None
     assert (again.task.name, again.task.data, again.finetune.targets) == ("boolq", None, None)
+
+
+@pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", 0.5), ("4:8", 0.5), ("1:4", 0.75)])
+def test_n_of_m_is_read_as_it_is_written(tmp_path, pattern, sparsity):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"name: a\nmodel: b\ntask: gsm8k\nsparsify: {{pattern: {pattern}, sparsity: {sparsity}}}\n")
+    assert load_recipe(path).sparsify.pattern == pattern
+    path.write_text("name: a\nmodel: b\ntask: gsm8k\n")
+    changes = [f"sparsify.pattern={pattern}", f"sparsify.sparsity={sparsity}"]
+    assert load_recipe(path, changes).sparsify.pattern == pattern
 
 
 def test_overrides_change_a_copy():

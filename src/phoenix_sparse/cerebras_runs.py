@@ -56,7 +56,7 @@ def export_run(run: Path, out: Path, mode: str, changes: Iterable[str], environm
     fit_tokenizer(empty_model(load_config(source)), tokenizer, source)
     room = min(recipe.finetune.max_length, longest(source))
     train, held_out = (tokenize(rows, tokenizer, room) for rows in (task.train, task.validation))
-    settings = check(TrainingSettings, override(_settings(recipe, mode, len(train)), changes), "export")
+    settings = training_settings(recipe, mode, len(train), changes)
     if settings.mode == "sparse_lora" and recipe.finetune.targets is not None:
         raise PhoenixError("export: finetune.targets adapts some linears, and on a wafer every pruned one is adapted")
     examples = Examples(train, held_out, tokenizer.pad_token_id, room)
@@ -131,8 +131,27 @@ def _opened(run: Path) -> tuple[Recipe, Task]:
     return recipe, pipeline.prepare(recipe.model_copy(update={"device": "cpu"}))[1]
 
 
+def training_settings(recipe: Recipe, mode: str, examples: int, changes: Iterable[str] = ()) -> TrainingSettings:
+    """The recipe's fine-tuning, for the Trainer. The learning rate rises over the recipe's share of the steps.
+
+    Args:
+        recipe: of the run.
+        mode: static or sparse_lora.
+        examples: to train on.
+        changes: `key=value`; where they change the steps, the warmup changes with them unless it is given, too.
+
+    Raises:
+        PhoenixError: a change doesn't fit.
+    """
+    values = override(_settings(recipe, mode, examples), changes)
+    settings = check(TrainingSettings, values, "export")
+    if "warmup" in settings.model_fields_set:
+        return settings
+    return check(TrainingSettings, values | {"warmup": int(recipe.finetune.warmup * settings.steps)}, "export")
+
+
 def _settings(recipe: Recipe, mode: str, examples: int) -> dict[str, Any]:
-    """The recipe's fine-tuning, for the Trainer."""
+    """The recipe's fine-tuning, for the Trainer, but for the warmup, which is a share of the steps."""
     given = recipe.finetune
     steps = given.max_steps or max(1, math.ceil(given.epochs * examples / given.batch_size))
     ranks = given.largest_ranks
@@ -144,7 +163,6 @@ def _settings(recipe: Recipe, mode: str, examples: int) -> dict[str, Any]:
         "learning_rate": given.learning_rate,
         "weight_decay": given.weight_decay,
         "max_grad_norm": given.max_grad_norm,
-        "warmup": int(given.warmup * steps),
         "checkpoint_every": given.checkpoint_every,
         "rank": rank,
         "scale": given.scale,

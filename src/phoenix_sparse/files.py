@@ -7,6 +7,7 @@ a kill just between them leaves neither, and the step is done again.)
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -67,6 +68,37 @@ def read_json(path: Path) -> Any:
         raise _readable(error, path) from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise PhoenixError(f"{path}: not a JSON file ({error})") from error
+
+
+def parse_yaml(text: str) -> Any:
+    """Read YAML in which `2:4` is a text, as somebody wrote it.
+
+    YAML 1.1, which the library follows, reads it as a number of base 60, 124; YAML 1.2 has no such numbers any more.
+
+    Raises:
+        yaml.YAMLError: it is not YAML.
+        ValueError: a date that there isn't.
+        RecursionError: it is nested too deeply.
+    """
+    import yaml
+
+    return yaml.load(text, Loader=_yaml_loader())
+
+
+@functools.cache
+def _yaml_loader() -> Any:
+    import yaml
+
+    numbers = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+    class Loader(yaml.SafeLoader):
+        """Knows no numbers of base 60."""
+
+        def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+            tag = super().resolve(kind, value, implicit)
+            return self.DEFAULT_SCALAR_TAG if tag in numbers and ":" in value else tag
+
+    return Loader
 
 
 def read_text(path: Path, field: str) -> str:

@@ -71,9 +71,11 @@ def load_mask(path: Path | str, format: str | None = None) -> tuple[dict[str, Te
         Boolean tensors (out, in) on the CPU by layer name, and the metadata.
 
     Raises:
-        PhoenixError: the file is missing, truncated, of another format, or its content isn't what was written.
+        PhoenixError: it is a directory or missing, truncated, of another format, or its content isn't what was written.
     """
     path = Path(path)
+    if path.is_dir():
+        raise PhoenixError(_tell_directory(path))
     kind = kind_of(path, format)
     if not path.is_file():
         raise PhoenixError(f"masks: {path} is not a file; give a mask file that pruning wrote")
@@ -94,6 +96,14 @@ def load_mask(path: Path | str, format: str | None = None) -> tuple[dict[str, Te
         raise
     except Exception as error:  # what three libraries raise over damaged bytes has no common name
         raise PhoenixError(f"masks: {path} is damaged or truncated ({first_line(error)})") from error
+
+
+def _tell_directory(path: Path) -> str:
+    """What a directory in the place of a mask file is, and which file may have been meant."""
+    kind = "a model's directory" if (path / "config.json").is_file() else "a directory"
+    near = [place / "masks.safetensors" for place in (path, path.parent)]
+    meant = next((file for file in near if file.is_file()), "masks.safetensors")
+    return f"masks: {path} is {kind}, and masks are one file; give the one that pruning wrote, such as {meant}"
 
 
 def masks_sha256(masks: Masks) -> str:

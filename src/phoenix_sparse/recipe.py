@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.evaluation.settings import EvaluateSettings
+from phoenix_sparse.files import parse_yaml
 from phoenix_sparse.finetuning.settings import FinetuneSettings, SearchSettings
 from phoenix_sparse.pruning.settings import SparsifySettings
 from phoenix_sparse.settings import Device, DirectoryName, Dtype, Settings
@@ -48,7 +49,7 @@ def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise PhoenixError(f"recipe: {path} can't be read ({error.__class__.__name__}); give a YAML file") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2025-13-01
@@ -79,7 +80,7 @@ def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, A
             here[name] = inner
             here = inner
         try:
-            here[last] = yaml.safe_load(value)
+            here[last] = parse_yaml(value)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise PhoenixError(f"{key}: {value!r} is not a YAML value") from error
     return result

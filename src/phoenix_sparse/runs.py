@@ -18,7 +18,7 @@ import yaml
 import phoenix_sparse
 from phoenix_sparse import processes
 from phoenix_sparse.errors import PhoenixError
-from phoenix_sparse.files import inside, read_json, sha256, write_json, write_text
+from phoenix_sparse.files import inside, parse_yaml, read_json, sha256, write_json, write_text
 from phoenix_sparse.progress import Announce
 from phoenix_sparse.recipe import Recipe, dump_recipe
 
@@ -274,12 +274,12 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
 def _require_same(directory: Path, recipe: Recipe) -> None:
     path = directory / RECIPE
     try:
-        before = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
+        before = _flat(parse_yaml(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise PhoenixError(
             f"{path} can't be read, so nobody knows what this run is; begin anew with --overwrite"
         ) from error
-    now = _flat(yaml.safe_load(dump_recipe(recipe)))
+    now = _flat(parse_yaml(dump_recipe(recipe)))
     for field in now | before:
         there, here = before.get(field), now.get(field)
         if there != here:

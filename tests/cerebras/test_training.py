@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from phoenix_sparse.cerebras import masked_lora_source, runner_source
 from phoenix_sparse.cerebras.training import TrainingSettings, sparsity_groups, training_params
+from phoenix_sparse.cerebras_runs import training_settings
 from phoenix_sparse.errors import PhoenixError
-from phoenix_sparse.recipe import check
+from phoenix_sparse.recipe import Recipe, check
 
 SHARES = st.dictionaries(
     st.integers(0, 30).map(lambda layer: f"transformer_decoder.layers.{layer}.ffn.ffn.1.linear_layer.weight"),
@@ -81,3 +82,26 @@ def test_warmup_leaves_steps():
             {"mode": "static", "steps": 2, "warmup": 2, "batch_size": 1, "learning_rate": 1.0},
             "export",
         )
+
+
+@given(st.floats(0, 1, exclude_max=True), st.integers(1, 5000), st.integers(1, 5000))
+def test_the_warmup_is_the_recipe_s_share_of_the_steps_that_the_job_has(share, planned, steps):
+    values = {"name": "a", "model": "m", "task": "t", "finetune": {"warmup": share, "max_steps": planned}}
+    recipe = check(Recipe, values, "test")
+    for found, wanted in (
+        (training_settings(recipe, "static", 100), planned),
+        (training_settings(recipe, "static", 100, [f"steps={steps}"]), steps),
+    ):
+        assert found.steps == wanted
+        assert 0 <= share * wanted - found.warmup < 1
+
+
+def test_a_warmup_that_is_given_is_kept():
+    values = {"name": "a", "model": "m", "task": "t", "finetune": {"warmup": 0.1, "max_steps": 1000}}
+    recipe = check(Recipe, values, "test")
+    assert training_settings(recipe, "static", 100, ["warmup=7"]).warmup == 7
+    assert training_settings(recipe, "static", 100, ["steps=20", "warmup=0"]).warmup == 0
+    with pytest.raises(PhoenixError, match="warmup: 30 steps of 20"):
+        training_settings(recipe, "static", 100, ["steps=20", "warmup=30"])
+    with pytest.raises(PhoenixError, match="steps='few' should be a valid integer"):
+        training_settings(recipe, "static", 100, ["steps=few"])

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from phoenix_sparse import steps
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.finetuning.adapter import add_adapter
-from phoenix_sparse.finetuning.batching import PackRows
+from phoenix_sparse.finetuning.batching import PackRows, training_order
 from phoenix_sparse.finetuning.distill import divergence, relative_error, require_alike, token_shares
 from phoenix_sparse.finetuning.examples import PadRight
 from phoenix_sparse.finetuning.full import train_weights, trained_linears
@@ -57,7 +57,7 @@ def close(one, two):
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=2e-5)
 
 
-def reference(student, teacher, rows):
+def reference(student, teacher, rows, weights=DISTILL):
     """The loss of a step, example by example and token by token, in the dtype of the models."""
     total, scored = 0, 0
     for row in rows:
@@ -68,13 +68,13 @@ def reference(student, teacher, rows):
         scored += len(places)
         for place in places:
             s, t = ours.logits[0, place - 1], theirs.logits[0, place - 1].detach()
-            total = total - DISTILL["task"] * s.log_softmax(0)[row["labels"][place]]
+            total = total - weights["task"] * s.log_softmax(0)[row["labels"][place]]
             p, q = (t / 2.0).softmax(0), (s / 2.0).softmax(0)
-            total = total + DISTILL["logits"] * 4.0 * (p * (p.log() - q.log())).sum()
+            total = total + weights["logits"] * 4.0 * (p * (p.log() - q.log())).sum()
         for layer in range(1, len(ours.hidden_states)):
             s, t = ours.hidden_states[layer][0], theirs.hidden_states[layer][0].detach()
             ratios = [((s[n] - t[n]) ** 2).mean() / (t[n] ** 2).mean() for n in range(len(s))]
-            total = total + DISTILL["hidden"] * len(places) * sum(ratios) / len(ratios)
+            total = total + weights["hidden"] * len(places) * sum(ratios) / len(ratios)
     return total / scored
 
 
@@ -152,6 +152,57 @@ def test_a_step_s_gradient_is_that_of_the_loss_written_out_in_float64(tmp_path, 
 def test_however_a_step_is_cut_its_weights_are_the_same(tmp_path, options):
     base = {"learning_rate": 1e-3, "sampling": "sandwich"}  # packing rounds otherwise, and Adam makes much of it
     close(trained(tmp_path / "1", **base)[0], trained(tmp_path / "2", **base, **options)[0])
+
+
+def parts_of(rows):
+    """Cross-entropy, T²·KL and the blocks' errors of a step, from `reference` with one weight at a time."""
+    student, teacher = pruned()[0].double(), make_model(seed=3).double()
+    return {
+        name: float(reference(student, teacher, rows, dict.fromkeys(DISTILL, 0.0) | {name: 1.0}).detach())
+        for name in ("task", "logits", "hidden")
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch_size": 1}, {"sampling": "sandwich"}])
+def test_what_the_loss_is_made_of_is_logged_apart(tmp_path, options):
+    """At the first step an adapter adds nothing, whatever its ranks."""
+    record = trained(tmp_path, log_every=1, **options)[1]
+    assert len(record["log"]) == 3
+    for entry in record["log"]:
+        total = sum(DISTILL[name] * entry[f"loss_{name}"] for name in ("task", "logits", "hidden"))
+        assert total == pytest.approx(entry["loss"], rel=1e-5)
+    order = training_order([len(row["input_ids"]) for row in ROWS], chosen(), 0)
+    wanted = parts_of([ROWS[index] for index in order[:4]])
+    assert {name: record["log"][0][f"loss_{name}"] for name in wanted} == pytest.approx(wanted, rel=1e-4)
+
+
+def test_an_entry_of_the_log_is_the_mean_of_its_steps(tmp_path):
+    each, both = (trained(tmp_path / str(every), epochs=2, log_every=every)[1]["log"] for every in (1, 3))
+    assert [entry["step"] for entry in both] == [3, 6]
+    for entry, three in zip(both, (each[:3], each[3:]), strict=True):
+        for name in ("loss", "loss_task", "loss_logits", "loss_hidden"):
+            assert entry[name] == pytest.approx(sum(one[name] for one in three) / 3, rel=1e-5)
+
+
+def test_a_loss_without_a_weight_is_not_measured(tmp_path):
+    (entry, *_) = trained(tmp_path, log_every=1, distill={"hidden": 0.0})[1]["log"]
+    assert {name for name in entry if name.startswith("loss_")} == {"loss_task", "loss_logits"}
+    (entry, *_) = trained(tmp_path / "plain", log_every=1, distill=None)[1]["log"]
+    assert not [name for name in entry if name.startswith("loss_")]
+
+
+def test_trackers_are_told_the_parts(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    model, masks = pruned()
+    adapted = add_adapter(model, rank=4, scale=2.0, masks=masks, seed=0)
+    wanted = chosen(log_every=1, trackers=["tensorboard"])
+    places = {"work": tmp_path / "work", "logs": tmp_path / "logs"}
+    record = train(adapted, ROWS, wanted, pad=256, seed=0, teacher=make_model(seed=3), **places)
+    read = events.EventAccumulator(str(tmp_path / "logs"))
+    read.Reload()
+    for name in ("loss_task", "loss_logits", "loss_hidden"):
+        told = [one.value for one in read.Scalars(f"train/{name}")]
+        assert told == pytest.approx([entry[name] for entry in record["log"]])
 
 
 def test_a_teacher_teaches(tmp_path):

@@ -10,7 +10,7 @@ from phoenix_sparse.finetuning.memory import AtOnce, is_full
 from phoenix_sparse.finetuning.settings import FinetuneSettings
 from phoenix_sparse.finetuning.trained import trained_tensors
 from phoenix_sparse.finetuning.trainer import train
-from tiny import pruned
+from tiny import make_model, pruned
 
 ROWS = [
     {"input_ids": [n % 250, (n * 7) % 250, *range(3, 5 + n % 6)], "labels": [-100, -100, *range(3, 5 + n % 6)]}
@@ -48,9 +48,10 @@ def run(work, monkeypatch=None, room=None, method="lora", from_step=0, **changes
     base = {"ranks": (4, 2), "max_steps": 4, "batch_size": 8, "learning_rate": 1e-2, "log_every": 1, "trackers": []}
     chosen = FinetuneSettings(**(base | {"method": method} | changes))
     model = made(method)
+    teacher = make_model(seed=3) if chosen.distill is not None else None
     packed = chosen.batching == "packed"
     device = Device(monkeypatch, model, room, from_step, packed) if room is not None else None
-    record = train(model, ROWS, chosen, pad=256, seed=0, work=work, validation=ROWS[:3])
+    record = train(model, ROWS, chosen, pad=256, seed=0, work=work, validation=ROWS[:3], teacher=teacher)
     return trained_tensors(model), record, device
 
 
@@ -66,6 +67,7 @@ def close(one, two):
         ("lora", {"sampling": "sandwich", "micro_batch_size": 4}),
         ("lora", {"batching": "packed"}),
         ("full", {"batching": "grouped"}),
+        ("lora", {"distill": {"hidden": 0.5}, "micro_batch_size": 4}),
     ],
 )
 def test_the_same_weights_with_fewer_examples_at_once(tmp_path, monkeypatch, method, changes):
@@ -81,7 +83,8 @@ def test_the_same_weights_with_fewer_examples_at_once(tmp_path, monkeypatch, met
     assert before["out_of_memory"] == []
     assert max(device.sizes[-3:]) <= room
     close(calm, after)
-    assert [entry["loss"] for entry in record["log"]] == pytest.approx([e["loss"] for e in before["log"]], rel=1e-3)
+    for name in ["loss", *(["loss_task", "loss_logits", "loss_hidden"] if "distill" in changes else [])]:
+        assert [entry[name] for entry in record["log"]] == pytest.approx([e[name] for e in before["log"]], rel=1e-3)
 
 
 def test_in_the_middle_of_a_step_of_several_micro_batches(tmp_path, monkeypatch):

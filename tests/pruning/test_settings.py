@@ -5,6 +5,7 @@ import yaml
 from pydantic import ValidationError
 
 from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.files import parse_yaml
 from phoenix_sparse.pruning.settings import CalibrationSettings, EvolutionSettings, SparsifySettings
 from phoenix_sparse.recipe import check
 
@@ -13,7 +14,7 @@ KINDS = "use uniform, owl, alphapruning, evolutionary, a sparsity by pattern of 
 
 def read(text):
     """Settings from YAML, as a recipe has them."""
-    return check(SparsifySettings, yaml.safe_load(text) or {}, "recipe")
+    return check(SparsifySettings, parse_yaml(text) or {}, "recipe")
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,8 @@ def read(text):
         ("update: obs", "update='obs' should be 'none', 'dsnot', 'sparsegpt' or 'alps'"),
         ("pattern: 2;4", "pattern='2;4': '2;4' is no pattern; use unstructured, N:M with N < M (2:4: keep 2 of 4)"),
         ("pattern: '4:4'", "pattern='4:4': '4:4' is no pattern"),
+        ("pattern: 4:2", "pattern='4:2': '4:2' is no pattern; use unstructured, N:M with N < M"),
+        ("pattern: 242", "pattern=242 should be a valid string"),
         ("pattern: 5", "pattern=5 should be a valid string"),
         ("group: column", "group='column' should be 'row', 'layer' or 'global'"),
         ("block: 16", "block is no field; "),
@@ -102,13 +105,20 @@ def test_allocations_are_read_and_written_again(text, allocation):
 
 @pytest.mark.parametrize(
     ("written", "pattern", "sparsity"),
-    [("2:4", "2:4", 0.5), ("'2:4'", "2:4", 0.5), ("16:32", "16:32", 0.5), ("1:64", "1:64", 0.984375)],
+    [
+        ("2:4", "2:4", 0.5),
+        ("'2:4'", "2:4", 0.5),
+        ("4:8", "4:8", 0.5),
+        ("16:32", "16:32", 0.5),
+        ("1:64", "1:64", 0.984375),
+        ("64:128", "64:128", 0.5),
+    ],
 )
 def test_n_of_m_needs_no_quotes(written, pattern, sparsity):
-    """YAML reads 2:4 as the number 124 of base 60."""
+    """YAML 1.1 reads 2:4 as the number 124 of base 60, and 64:128 as a text."""
     settings = read(f"pattern: {written}\nsparsity: {sparsity}")
     assert settings.pattern == pattern
-    again = yaml.safe_load(yaml.safe_dump(settings.model_dump(mode="json")))
+    again = parse_yaml(yaml.safe_dump(settings.model_dump(mode="json")))
     assert check(SparsifySettings, again, "recipe") == settings
 
 

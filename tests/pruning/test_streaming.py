@@ -443,6 +443,27 @@ def test_what_is_finished_is_not_done_again(directories, calibration, tmp_path, 
     assert all(torch.equal(second[0][name], mask) for name, mask in first[0].items())
 
 
+@pytest.mark.parametrize(
+    ("lost", "told"),
+    [((), [2]), ((1,), [1, 2]), ((0,), [1, 2]), ((0, 1), [1, 2])],
+    ids=["all are there", "the last is missing", "the first is missing", "none is there"],
+)
+def test_a_finished_block_counts_once(lost, told, directories, calibration, tmp_path):
+    def attempt():
+        calls = []
+        blocks = open_streamed(directories("llama"), "auto", CPU)
+        initialise(
+            blocks, SparsifySettings(), calibration, seed=0, work=tmp_path, progress=lambda *call: calls.append(call)
+        )
+        return calls
+
+    assert attempt() == [("pruning block", 1, 2), ("pruning block", 2, 2)]
+    for index in lost:
+        for file in (tmp_path / "blocks").glob(f"model.layers.{index}.*"):
+            file.unlink()
+    assert attempt() == [("pruning block", done, 2) for done in told]
+
+
 @pytest.mark.parametrize("damage", ["bit", "truncated", "bit of the mask", "no mask", "another's mask", "foreign"])
 def test_damaged_finished_files_are_refused(damage, directories, calibration, tmp_path, tokenizer):
     blocks = open_streamed(directories("llama"), "auto", CPU)

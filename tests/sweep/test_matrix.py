@@ -125,6 +125,13 @@ def test_gpus_are_what_cuda_visible_devices_takes(tmp_path, gpus):
     assert load_sweep(write(tmp_path, engine={"gpus": gpus})).settings.engine.gpus == tuple(map(str, gpus))
 
 
+def test_a_pattern_of_a_method_needs_no_quotes(tmp_path):
+    path = write(tmp_path, sparsities=[0.5])
+    path.write_text(path.read_text() + "modes: [sparse_to_sparse]\nmethods:\n  pairs: {pattern: 2:4}\n")
+    assert {cell.recipe.sparsify.pattern for cell in load_sweep(path).cells} == {"2:4"}
+    assert {cell.axes["method"] for cell in load_sweep(path).cells} == {"pairs"}
+
+
 def test_a_base_may_be_a_recipe_beside_the_sweep(tmp_path):
     (tmp_path / "base.yaml").write_text("name: x\nmodel: y\ntask: z\nseed: 9\nfinetune: {epochs: 5}\n")
     sweep = load_sweep(write(tmp_path, base="base.yaml", tasks=["demo"]))

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from phoenix_sparse import pipeline
 from phoenix_sparse.files import read_json, sha256
 from phoenix_sparse.recipe import Recipe, check, override
-from phoenix_sparse.sweep.shared_work import ENTRY, FILES, Store, inputs_of, key_of, sharing
+from phoenix_sparse.sweep import shared_work
+from phoenix_sparse.sweep.shared_work import ENTRY, FILES, Store, code_sha256, inputs_of, key_of, sharing
 
 MANIFEST = {
     "host": {"cpu": "c", "gpu": None, "threads": 1, "platform": "p"},
@@ -66,6 +67,44 @@ def test_another_machine_or_version_or_model_shares_nothing(where):
     other = MANIFEST | {section: MANIFEST[section] | {field: {"sha256": "n"} if field == "model" else "other"}}
     for stage in STAGES:
         assert key_of(inputs_of(stage, one, MANIFEST)) != key_of(inputs_of(stage, one, other))
+
+
+def test_changed_code_shares_nothing(monkeypatch):
+    """Its commit may be the same, or none may be known."""
+    before = {stage: key_of(inputs_of(stage, recipe(), MANIFEST)) for stage in STAGES}
+    assert before == {stage: key_of(inputs_of(stage, recipe(), MANIFEST)) for stage in STAGES}
+    monkeypatch.setattr(shared_work, "own_code", lambda: "changed")
+    for stage in STAGES:
+        assert key_of(inputs_of(stage, recipe(), MANIFEST)) != before[stage]
+
+
+def test_the_code_s_hash_changes_with_every_source_and_with_nothing_else(tmp_path):
+    package = tmp_path / "package"
+    names = ("a.py", "inner/b.py", "tasks/definitions/c.yaml", "csrc/d.cpp", "csrc/e.h", "cuda/f.cu")
+    for name in names:
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(name)
+    seen = [code_sha256(package)]
+    for name in names:
+        (package / name).write_text("edited")
+        seen.append(code_sha256(package))
+    (package / "a.py").rename(package / "renamed.py")
+    seen.append(code_sha256(package))
+    (package / "new.py").touch()
+    seen.append(code_sha256(package))
+    (package / "new.py").unlink()
+    assert len(set(seen)) == len(seen)
+    assert code_sha256(package) == seen[-2]
+    for name in ("__pycache__/a.cpython-311.pyc", "library.so", ".a.py.swp", ".hidden/a.py", ".#a.py"):
+        (package / name).parent.mkdir(exist_ok=True)
+        (package / name).write_text("made")
+    assert code_sha256(package) == seen[-2]
+
+
+def test_it_is_this_package_that_is_hashed():
+    package = Path(shared_work.__file__).parents[1]
+    assert (package / "pruning").is_dir()
+    assert shared_work.own_code() == shared_work.own_code() != code_sha256(package / "pruning")
 
 
 def test_masks_that_read_no_data_are_shared_between_tasks_and_others_are_not():

@@ -4,6 +4,7 @@ Both losses are sums over tokens that the trainer divides by the scored tokens o
 cross-entropy: the gradient doesn't depend on how a step is cut into micro-batches, or shared by processes.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,29 +28,70 @@ class Teacher:
         """What a model's forward pass is asked for beside the logits."""
         return {"output_hidden_states": True} if self.settings.hidden else {}
 
-    def loss(self, outputs: Any, batch: Batch) -> Tensor:
-        """The weighted losses' sum over a micro-batch's tokens, float32, to be divided by the step's scored tokens.
+    def losses(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
+        """The losses that have a weight, `logits` and `hidden`, before it: each a sum over a micro-batch's tokens.
 
         Args:
             outputs: of the student on the batch, asked for `asks`.
             batch: with `labels`, on the device.
+
+        Returns:
+            Scalars, float32, to be divided by the step's scored tokens.
         """
-        chosen = self.settings
+        chosen, found = self.settings, {}
         inputs = {name: value for name, value in batch.items() if name not in ("labels", "use_cache")}
         with torch.no_grad():
             taught = self.model(**inputs, **self.asks, use_cache=False)
-        total = outputs.logits.new_zeros((), dtype=torch.float32)
         if chosen.logits:
             scored = batch["labels"][:, 1:] != IGNORED
             # Only the scored tokens' logits become float32: they are few among a prompt's.
             ours, theirs = (logits[:, :-1][scored].float() for logits in (outputs.logits, taught.logits))
-            total = total + chosen.logits * divergence(ours, theirs, chosen.temperature)
+            found["logits"] = divergence(ours, theirs, chosen.temperature)
         if chosen.hidden:
             shares = token_shares(batch)
             # The first of the states is the embeddings', which are frozen and the same.
             pairs = zip(outputs.hidden_states[1:], taught.hidden_states[1:], strict=True)
-            total = total + chosen.hidden * torch.stack([relative_error(*pair, shares) for pair in pairs]).sum()
-        return total
+            found["hidden"] = torch.stack([relative_error(*pair, shares) for pair in pairs]).sum()
+        return found
+
+    def weighted(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """What is minimised: the sum of the losses, `task` among them, each times its weight."""
+        weights = self.settings.model_dump()
+        return torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
+
+
+class Apart:
+    """The losses by name, summed as the Trainer sums the whole: over the steps since the last entry of the log."""
+
+    def __init__(self) -> None:
+        self._newest: list[dict[str, Tensor]] = []
+        self._sums: dict[str, Tensor] = {}
+        self._steps: set[int] = set()
+
+    def begin(self) -> None:
+        """Begin a micro-batch, and forget one that wasn't kept."""
+        self._newest = []
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        """Take what a pass over a part of the micro-batch adds."""
+        self._newest.append({name: loss.detach() for name, loss in losses.items()})
+
+    def keep(self, step: int) -> None:
+        """The micro-batch counts, in this step."""
+        for losses in self._newest:
+            self._steps.add(step)
+            for name, loss in losses.items():
+                self._sums[name] = self._sums[name] + loss if name in self._sums else loss
+
+    def take(self, mean: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The means over the steps, and begin anew.
+
+        Args:
+            mean: over the processes, which all call this together.
+        """
+        found = {name: float(mean(total)) / len(self._steps) for name, total in self._sums.items()}
+        self._sums, self._steps = {}, set()
+        return found
 
 
 def require_alike(teacher: Any, student: Any, settings: DistillSettings, where: str) -> None:

@@ -17,7 +17,7 @@ from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import read_json, write_json
 from phoenix_sparse.finetuning.adapter import set_ranks
 from phoenix_sparse.finetuning.batching import Batch, Collate, Row, rows_of
-from phoenix_sparse.finetuning.distill import Teacher
+from phoenix_sparse.finetuning.distill import Apart, Teacher
 from phoenix_sparse.finetuning.elastic import Ranks
 from phoenix_sparse.finetuning.evolve import Evolution
 from phoenix_sparse.finetuning.memory import AtOnce, is_full
@@ -41,6 +41,7 @@ class StepTrainer(Trainer):
     passes: int
     collate: Collate
     at_once: AtOnce
+    apart: Apart
     teacher: Teacher | None = None
     evolution: Evolution | None = None
     _step = -1
@@ -70,6 +71,7 @@ class StepTrainer(Trainer):
             full = False
             try:
                 losses = [self._passes(model, one, num_items_in_batch, one is pending[-1]) for one in pending]
+                self.apart.keep(self._step)  # the others of a step that is begun anew were kept before
                 return losses[-1]
             except RuntimeError as error:
                 if not is_full(error):
@@ -86,6 +88,7 @@ class StepTrainer(Trainer):
     def _passes(self, model: Any, inputs: Batch, items: Any, newest: bool) -> Tensor:
         """All parts and all sub-adapters; a backward pass, which may recompute the forward, ends before the ranks
         change. Gives the sum of the losses, which are shares of the step's."""
+        self.apart.begin()
         work = [(ranks, part) for ranks in self.draws(self._step) for part in self._parts(inputs)]
         losses: list[Tensor] = []
         for ranks, part in work:
@@ -118,9 +121,18 @@ class StepTrainer(Trainer):
             asked = {**inputs, **self.teacher.asks, "use_cache": False}
             loss, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
             # As the Trainer's own loss: a share of the mean over all processes, whose gradients are averaged.
-            learnt = self.teacher.loss(outputs, inputs) / num_items_in_batch * self.accelerator.num_processes
-            loss = self.teacher.settings.task * loss + learnt
+            share = self.accelerator.num_processes / num_items_in_batch
+            parts = {"task": loss} | {name: one * share for name, one in self.teacher.losses(outputs, inputs).items()}
+            self.apart.add({name: part / self.passes for name, part in parts.items()})
+            loss = self.teacher.weighted(parts)
         return loss if self.passes == 1 else loss / self.passes
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Put what the loss is made of beside it, each before its weight; trackers are told the same."""
+        if "loss" in logs and self.teacher is not None:
+            found = self.apart.take(lambda total: self.accelerator.reduce(total, "mean"))
+            logs.update({f"loss_{name}": value for name, value in found.items()})
+        super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         tensors = trained_tensors(self.trained_model)

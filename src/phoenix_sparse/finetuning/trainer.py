@@ -17,7 +17,7 @@ from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import read_json
 from phoenix_sparse.finetuning.adapter import adapter_parameters, elastic_layers, set_ranks
 from phoenix_sparse.finetuning.batching import Row, collator, micro_batches, require_separate, training_order
-from phoenix_sparse.finetuning.distill import Teacher
+from phoenix_sparse.finetuning.distill import Apart, Teacher
 from phoenix_sparse.finetuning.elastic import draw, largest, middle, sandwich, spaces
 from phoenix_sparse.finetuning.evolve import Evolution
 from phoenix_sparse.finetuning.full import trained_linears
@@ -62,7 +62,8 @@ def train(
         progress: called with (what, step, steps).
 
     Returns:
-        `log` (step, epoch, loss, learning_rate, grad_norm), `steps` (done), `steps_planned`, `examples`, `tokens`,
+        `log` (step, epoch, loss, learning_rate, grad_norm; with `distill` also what the loss is made of, each before
+        its weight: loss_task, loss_logits, loss_hidden), `steps` (done), `steps_planned`, `examples`, `tokens`,
         `seconds` (of this attempt), `resumed_from`, `peak_memory_bytes` (None on a CPU), `trainable_parameters`,
         `trackers`, `processes`, `micro_batch_size` (at the end), `out_of_memory` (the steps at which it was halved),
         `validation` (None, or `curve`, `best_step`, `stopped_early` and `examples`), `distill` (its settings or None),
@@ -115,6 +116,7 @@ def train(
         )
         trainer.adapted, trainer.passes = adapted, settings.passes
         trainer.collate, trainer.at_once, trainer.evolution = collate, at_once, evolution
+        trainer.apart = Apart()
         if settings.distill is not None:
             trainer.teacher = Teacher(teacher, settings.distill)
         if evolution is not None:
@@ -160,6 +162,7 @@ def train(
                 "learning_rate": entry["learning_rate"],
                 "grad_norm": entry["grad_norm"],
             }
+            | {name: value for name, value in entry.items() if name.startswith("loss_")}
             for entry in trainer.state.log_history
             if "loss" in entry
         ],

@@ -40,7 +40,8 @@ def prune_blocks(
         tokens: (sequences, tokens), the calibration set, where `method.reads_inputs`.
         gradients: by linear, where the importance needs them.
         finished: takes each pruned block, and gives those that an earlier attempt pruned.
-        progress: called with (what, done, all) after each block.
+        progress: called with (what, done, all) after each block that is pruned here, and at the start where an
+            earlier attempt pruned some: these count once, though what they give is passed on again.
 
     Returns:
         Boolean masks on the CPU by linear; the weights are already zero off them.
@@ -50,9 +51,13 @@ def prune_blocks(
         assert tokens is not None, f"{method.importance.name} with update {method.update} needs calibration tokens"
         hidden = [blocks.embed(row[None]) for row in tokens]
     masks: dict[str, Tensor] = {}
+    before = {name for name in blocks.names if finished is not None and finished.has(name)}
+    done = len(before)
+    if progress is not None and done:
+        progress("pruning block", done, len(blocks.names))
     for index, name in enumerate(blocks.names):
         with blocks.opened(name) as block:
-            if finished is not None and finished.has(name):
+            if finished is not None and name in before:
                 block.load_state_dict(finished.state(name))
                 kept = finished.masks(name)
                 chosen = {layer: kept[layer] for layer in linears(block, name)}  # in the model's order again
@@ -72,8 +77,10 @@ def prune_blocks(
             if index + 1 < len(blocks.names):  # nobody reads the last block's outputs
                 _pass_on(blocks, index, block, hidden)
         masks |= chosen
-        if progress is not None:
-            progress("pruning block", index + 1, len(blocks.names))
+        if name not in before:
+            done += 1
+            if progress is not None:
+                progress("pruning block", done, len(blocks.names))
     return masks
 
 

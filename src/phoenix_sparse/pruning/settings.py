@@ -93,12 +93,6 @@ class SparsifySettings(Settings):
             raise ValueError(str(error).removeprefix("importance: ")) from error
         return name
 
-    @field_validator("pattern", mode="before")
-    @classmethod
-    def _unquoted(cls, value: Any) -> Any:
-        """YAML reads 2:4 without quotes as a number of base 60, 124."""
-        return f"{value // 60}:{value % 60}" if type(value) is int and value >= 60 else value
-
     @field_validator("pattern")
     @classmethod
     def _readable(cls, text: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.files import parse_yaml
 from phoenix_sparse.pruning.settings import SparsifySettings
 from phoenix_sparse.recipe import Recipe, check, override
 from phoenix_sparse.sweep.settings import AXES, SweepSettings
@@ -153,7 +154,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         PhoenixError: naming the file.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise PhoenixError(f"sweep: {path} can't be read ({error.__class__.__name__}); give a YAML file") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from phoenix_sparse.errors import PhoenixError
-from phoenix_sparse.files import write_json, write_text
+from phoenix_sparse.files import parse_yaml, write_json, write_text
 from phoenix_sparse.recipe import Recipe, dump_recipe, load_recipe
 from phoenix_sparse.sweep.engine_inline import run_inline
 from phoenix_sparse.sweep.engine_parsl import run_parsl
@@ -114,7 +114,7 @@ def lay_out(sweep: Sweep, places: Places, *, resume: bool) -> None:
 
 def _plain(sweep: Sweep) -> dict[str, Any]:
     """The sweep's settings as YAML has them."""
-    plain: dict[str, Any] = yaml.safe_load(yaml.safe_dump(sweep.settings.model_dump(mode="json"), sort_keys=False))
+    plain: dict[str, Any] = parse_yaml(yaml.safe_dump(sweep.settings.model_dump(mode="json"), sort_keys=False))
     return plain
 
 

@@ -1,13 +1,15 @@
 """Work that runs share: the pruned model, gradients, baselines. Computed once, found again by the hash of its inputs.
 
 A piece of work is shared only between runs for which everything that it reads is the same: the model's and the data's
-hashes, the settings that it looks at, the seed, the dtype, the kind of machine, and the versions of Phoenix, torch and
-the libraries below. What isn't listed in `inputs_of` is never shared. Where two runs need the same work at once, a file
-lock lets one do it and the other wait; the lock ends with its process, whatever ends it.
+hashes, the settings that it looks at, the seed, the dtype, the kind of machine, the versions of Phoenix, torch and the
+libraries below, and Phoenix's own files, committed or not. What isn't listed in `inputs_of` is never shared. Where two
+runs need the same work at once, a file lock lets one do it and the other wait; the lock ends with its process, whatever
+ends it.
 """
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -25,6 +27,7 @@ from phoenix_sparse.runs import Action, Run, Share
 ENTRY = "entry.json"
 FILES = "files"
 GRADIENTS = "gradients"
+SOURCES = {".py", ".yaml", ".cpp", ".cu", ".h"}
 # Settings of `evaluate` that the evaluation of a baseline doesn't look at.
 NOT_OF_A_BASELINE = ["baselines", "dense_lora_learning_rate", "certificate_examples", "prompt_length", "context_length"]
 
@@ -54,7 +57,7 @@ def inputs_of(stage: str, recipe: Recipe, manifest: Mapping[str, Any]) -> dict[s
         "settings": {field: values[field] for field in ("dtype", "device", "threads", "deterministic")},
         "host": {field: host.get(field) for field in ("cpu", "gpu", "threads", "platform")},
         "versions": manifest["versions"],
-        "phoenix": [manifest["phoenix"], manifest["git_commit"]],
+        "phoenix": [manifest["phoenix"], manifest["git_commit"], own_code()],
     }
     evaluate = {field: value for field, value in values["evaluate"].items() if field not in NOT_OF_A_BASELINE}
     reads_task = recipe.sparsify.reads_tokens or recipe.sparsify.reads_gradients
@@ -86,6 +89,24 @@ def _definitions(tasks: Any) -> dict[str, str]:
     return {name: digest for one in inner for name, digest in _definitions(one).items()}
 
 
+@functools.cache
+def own_code() -> str:
+    """The hash of the Phoenix that this process runs, as it was when the process asked first."""
+    return code_sha256(Path(__file__).parents[1])
+
+
+def code_sha256(package: Path) -> str:
+    """Hash the sources of a package by name and content, whether git knows them or not.
+
+    What is made of them (bytecode, compiled kernels) and hidden files (editors') don't count, nor do data of the demo,
+    which has hashes of its own among a run's inputs.
+    """
+    files = [path for path in package.rglob("*") if path.suffix in SOURCES and path.is_file()]
+    names = {path.relative_to(package).as_posix(): path for path in files}
+    own = {name: sha256(path) for name, path in names.items() if not any(part[0] == "." for part in name.split("/"))}
+    return key_of(own)
+
+
 def key_of(inputs: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
@@ -98,6 +119,7 @@ def sharing(recipe: Recipe, directory: Path) -> Share:
         directory: where shared work lies; all runs of the sweep must be given the same.
     """
     store = Store(directory)
+    own_code()  # now, not after hours of training, when the files may be others than those that run
 
     def share(run: Run, stage: str, action: Action) -> tuple[list[str], dict[str, Any]]:
         inputs = inputs_of(stage, recipe, run.manifest)

@@ -51,7 +51,6 @@ def library(options: tuple[tuple[str, int], ...], path: Path = compiling.SOURCE,
     source = path.read_text(encoding="utf-8")
     source, cuts = re.subn(r"// -- instructions.*?// -- end of instructions\n", "", source, flags=re.DOTALL)
     assert cuts == 1
-    source = source.replace("typedef unsigned short u16;", "").replace("typedef unsigned int u32;", "")
     source = source.replace("__shared__ u32 arrived", "static u32 arrived").replace("#pragma unroll", "//")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernels.cpp"

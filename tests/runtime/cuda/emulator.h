@@ -90,6 +90,7 @@ static void issue(uint32_t to, const void* from, int size) {
 
 typedef uint32_t u32;
 typedef uint16_t u16;
+typedef unsigned long long u64;
 static u32 shared_address(const void* p) { return (u32)((const unsigned char*)p - memory); }
 static u32 read16(u32 a) {
     check(a, 2);
@@ -122,7 +123,6 @@ static void wait() {
         f.groups.erase(f.groups.begin());
     }
 }
-static void launch_next() {}
 static void await_previous() {}
 static u32 dot(u32 a, u32 b, u32 c) {
     for (int i = 0; i < 4; ++i) c += (a >> 8 * i & 255) * (b >> 8 * i & 255);

@@ -11,11 +11,11 @@ from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.runtime.cuda import layout, product, scattered, scattered_product
 from phoenix_sparse.runtime.cuda.compiling import most_shared
 from phoenix_sparse.runtime.cuda.layout import Layout, Plan
+from phoenix_sparse.runtime.cuda.operands import MOST
 from phoenix_sparse.runtime.cuda.scattered import Scattered
 
 Form = Layout | Scattered
 KINDS = (Layout, Scattered)
-MOST = 32  # rows of x in one call of `multiply`
 FEW = 0.15
 """Of weights kept, up to which a matrix goes value by value. On an H200 with 14336x4096 that is faster with up to 16
 rows of x at 10% (batch 1: 10.7 µs against 18.4), and no longer with 16 at 20% (24.0 µs)."""
@@ -42,7 +42,7 @@ def build(bitmask: Tensor, values: Tensor, row_offsets: Tensor, columns: int) ->
 
 
 def multiply(x: Tensor, form: Form, scales: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """x (batch, in) · Wᵀ · scales + bias for at most `MOST` rows of x: see `product.multiply`."""
+    """x (batch, in) · Wᵀ · scales + bias for at most `operands.MOST` rows of x: see `product.multiply`."""
     if isinstance(form, Layout):
         return product.multiply(x, form, scales, bias)
     return scattered_product.multiply(x, form, scales, bias)
@@ -82,6 +82,6 @@ def plan_for(device: torch.device) -> Plan:
     facts, most = torch.cuda.get_device_properties(device), most_shared(device)
     plans = [Plan(facts.multi_processor_count, warps=warps, ring=ring) for warps, ring in SIZES]
     for plan in plans:
-        if product.shared_bytes(plan.warps, plan.ring, product.MOST) <= most:
+        if product.shared_bytes(plan.warps, plan.ring, MOST) <= most:
             return plan
     raise PhoenixError(f"sparse kernels: {facts.name} has too little shared memory for them; set PHOENIX_CUDA=torch")

@@ -13,10 +13,6 @@
 // memory have no bank conflicts wherever each lane stands. The first TAIL rows of the ring exist twice: a lane may run
 // past the end within a tile without asking.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned long long u64;
-
 #define TAIL 32                       // values of one stream in one tile, at most
 #define ROW 128                       // bytes
 #define COPIED (8 * ROW)              // bytes of the rows that are copied at once
@@ -34,17 +30,9 @@ struct Shape {
 };
 
 // -- instructions (the tests put others here, to run this file on a CPU)
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
 __device__ __forceinline__ u32 read16(u32 address) {
     u16 v;
     asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
-    return v;
-}
-
-__device__ __forceinline__ uint2 read64(u32 address) {
-    uint2 v;
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
     return v;
 }
 
@@ -61,30 +49,6 @@ __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"
 template <int N>
 __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
-// The kernel that comes next may begin; what came before has ended. Older GPUs do one after another anyhow.
-__device__ __forceinline__ void launch_next() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-__device__ __forceinline__ void await_previous() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ u32 dot(u32 a, u32 b, u32 c) {
-    u32 d;
-    asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
-}
-
-__device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
-    u32 d;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
-    return d;
-}
-
 __device__ __forceinline__ void multiply(float* c, const u32* a, u32 b0, u32 b1) {
 #if HALF
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -95,15 +59,6 @@ __device__ __forceinline__ void multiply(float* c, const u32* a, u32 b0, u32 b1)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-__device__ __forceinline__ u16 narrow(float v) {
-    u16 r;
-#if HALF
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(v));
-#else
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
-#endif
-    return r;
-}
 // -- end of instructions
 
 // One warp's way through its streams.
@@ -254,7 +209,6 @@ phx_linear(const unsigned char* values, const uint2* bitmaps, const u32* headers
     Reader reader;
     reader.start(warps[blockIdx.x * NW + warp], values, bitmaps, headers, shared_address(memory + warp * WARP_BYTES));
     await_previous();
-    launch_next();  // not sooner: the kernel after the next may write to the x that is read here
 
     const int first_tile = (int)((u64)shape.tiles * group / shape.groups);
     const int last_tile = (int)((u64)shape.tiles * (group + 1) / shape.groups);
@@ -347,7 +301,6 @@ phx_expand(const unsigned char* values, const uint2* bitmaps, const u32* headers
     Reader reader;
     reader.start(warps[blockIdx.x * NW + warp], values, bitmaps, headers, shared_address(memory + warp * WARP_BYTES));
     await_previous();
-    launch_next();  // not sooner: the kernel after the next may write to the x that is read here
     const int first_tile = (int)((u64)shape.tiles * group / shape.groups);
     const int last_tile = (int)((u64)shape.tiles * (group + 1) / shape.groups);
     const Share share(slab, shape);

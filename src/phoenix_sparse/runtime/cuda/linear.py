@@ -12,7 +12,6 @@ from phoenix_sparse.runtime.cuda.compiling import OLDEST
 from phoenix_sparse.runtime.cuda.forms import (
     CROSSOVER,
     FEW,
-    MOST,
     Form,
     build,
     expand,
@@ -22,7 +21,7 @@ from phoenix_sparse.runtime.cuda.forms import (
     parts_of,
 )
 from phoenix_sparse.runtime.cuda.fusing import fuse
-from phoenix_sparse.runtime.cuda.product import FLOATS
+from phoenix_sparse.runtime.cuda.operands import FLOATS, MOST
 from phoenix_sparse.runtime.cuda.scattered import Scattered
 from phoenix_sparse.runtime.kernels import portable
 from phoenix_sparse.runtime.packed import Packed

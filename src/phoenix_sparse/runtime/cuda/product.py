@@ -5,13 +5,11 @@ import ctypes
 import torch
 from torch import Tensor
 
-from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.runtime.cuda.compiling import Kernel, kernel
 from phoenix_sparse.runtime.cuda.layout import PER_STREAM, TILE_COLUMNS, TILE_ROWS, Layout
+from phoenix_sparse.runtime.cuda.operands import check
 
-MOST = 32  # rows of x in one launch
 ROW, SLOTS, SUMMED = 128, 8, 4  # as in kernels.cu: bytes of a row; bitmaps, two rows each; rows of tiles summed
-FLOATS = (torch.bfloat16, torch.float16)
 
 
 class _Shape(ctypes.Structure):
@@ -47,7 +45,7 @@ def multiply(x: Tensor, layout: Layout, scales: Tensor | None = None, bias: Tens
     """x (batch, in) · Wᵀ, summed in float32 in an order that never changes.
 
     Args:
-        x: (batch, in) in the layout's dtype, batch at most `MOST`.
+        x: (batch, in) in the layout's dtype, batch at most `operands.MOST`.
         layout: W (out, in).
         scales: float32 (out,), or None.
         bias: float32 (out,), or None.
@@ -60,15 +58,7 @@ def multiply(x: Tensor, layout: Layout, scales: Tensor | None = None, bias: Tens
     """
     out, columns = layout.shape
     batch = x.shape[0]
-    if x.dim() != 2 or x.shape[1] != columns or x.dtype != layout.values.dtype or x.device != layout.values.device:
-        raise PhoenixError(
-            f"sparse_linear: x is {x.dtype} {tuple(x.shape)} on {x.device}; the weight takes {layout.values.dtype} "
-            f"(batch, {columns}) on {layout.values.device}"
-        )
-    if x.device.type != "cuda":
-        raise PhoenixError(f"sparse_linear: this layout is a GPU's, and x is on {x.device}; load the model on the GPU")
-    if not 1 <= batch <= MOST:
-        raise PhoenixError(f"sparse_linear: {batch} rows in one launch; give 1 to {MOST}")
+    check(x, layout.shape, layout.values)
     padding = -columns % TILE_COLUMNS
     x = torch.nn.functional.pad(x, (0, padding)) if padding else x.contiguous()
     if x.data_ptr() % 16:

@@ -12,10 +12,6 @@
 // addresses (one instruction), and reads there. With eight rows of x a read takes the warp in quarters of eight lanes,
 // which hit eight different banks where layout and chance agree.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned long long u64;
-
 #define AHEAD 3                       // chunks that loads run ahead, in registers
 #define WAYS 8                        // running addresses of a lane, and values in a lane's chunk
 #define PLANE (NB < 8 ? NB : 8)       // rows of x that one read fetches
@@ -30,17 +26,9 @@ struct Shape {
 };
 
 // -- instructions (the tests put others here, to run this file on a CPU)
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
 __device__ __forceinline__ u32 read32(u32 address) {
     u32 v;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
-    return v;
-}
-
-__device__ __forceinline__ uint2 read64(u32 address) {
-    uint2 v;
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
     return v;
 }
 
@@ -78,18 +66,6 @@ __device__ __forceinline__ float latest(const float* from) {
     return v;
 }
 
-__device__ __forceinline__ u32 dot(u32 a, u32 b, u32 c) {
-    u32 d;
-    asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
-}
-
-__device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
-    u32 d;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
-    return d;
-}
-
 __device__ __forceinline__ float exchange(float v, int bit) { return __shfl_xor_sync(0xffffffffu, v, bit); }
 
 __device__ __forceinline__ u32 broadcast(u32 v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
@@ -107,24 +83,6 @@ __device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 
 __device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 #endif
 
-// What came before has ended; the kernel that comes next may begin, which is not said earlier lest three overlap. Older
-// GPUs do one after another anyhow.
-__device__ __forceinline__ void await_previous() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ u16 narrow(float v) {
-    u16 r;
-#if HALF
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(v));
-#else
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
-#endif
-    return r;
-}
 // -- end of instructions
 
 // A warp's values and deltas: the next AHEAD chunks are on their way, across the ends of tasks. Each warp's first AHEAD

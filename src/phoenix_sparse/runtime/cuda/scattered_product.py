@@ -7,12 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.runtime.cuda.compiling import Kernel, kernel, most_shared
+from phoenix_sparse.runtime.cuda.operands import check
 from phoenix_sparse.runtime.cuda.scattered import Plan, Scattered
 
 SOURCE = Path(__file__).with_name("scattered.cu")
-MOST = 32  # rows of x in one call
 TOGETHER = (1, 2, 4, 8, 16)  # rows of x that a launch can take
 EVEN = 128  # an expanded matrix's rows are this many columns, or a multiple
 
@@ -50,7 +49,7 @@ def multiply(x: Tensor, layout: Scattered, scales: Tensor | None = None, bias: T
     """x (batch, in) · Wᵀ, summed in float32 in an order that never changes.
 
     Args:
-        x: (batch, in) in the layout's dtype, batch at most `MOST`.
+        x: (batch, in) in the layout's dtype, batch at most `operands.MOST`.
         layout: W (out, in).
         scales: float32 (out,), or None.
         bias: float32 (out,), or None.
@@ -61,16 +60,8 @@ def multiply(x: Tensor, layout: Scattered, scales: Tensor | None = None, bias: T
     Raises:
         PhoenixError: x doesn't fit the layout.
     """
-    out, columns = layout.shape
-    if x.dim() != 2 or x.shape[1] != columns or x.dtype != layout.values.dtype or x.device != layout.values.device:
-        raise PhoenixError(
-            f"sparse_linear: x is {x.dtype} {tuple(x.shape)} on {x.device}; the weight takes {layout.values.dtype} "
-            f"(batch, {columns}) on {layout.values.device}"
-        )
-    if x.device.type != "cuda":
-        raise PhoenixError(f"sparse_linear: this layout is a GPU's, and x is on {x.device}; load the model on the GPU")
-    if not 1 <= len(x) <= MOST:
-        raise PhoenixError(f"sparse_linear: {len(x)} rows in one launch; give 1 to {MOST}")
+    out = layout.shape[0]
+    check(x, layout.shape, layout.values)
     x = padded(x)
     y = x.new_empty(len(x), out)
     parts = None
