@@ -70,6 +70,13 @@ def test_a_dense_model_is_refused():
         Pair(make_model(), "auto")
 
 
+def test_other_values_of_a_packed_model_are_refused():
+    packed = Pair(pruned()[0], "int8").model
+    assert Pair(packed, "auto").forms.keys() == {"dense", "sparse"}
+    with pytest.raises(PhoenixError, match="packed already"):
+        Pair(packed, "bf16")
+
+
 def test_spread_and_bandwidth():
     assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0)
     assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Spread(3.0, 2.0, 4.0)

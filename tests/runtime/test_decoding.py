@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, BloomConfig, DynamicCache, MambaConfig, Qwen2Config
 
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.models import load_model
@@ -15,6 +15,7 @@ from phoenix_sparse.runtime.cuda.fusing import fuse
 from phoenix_sparse.runtime.decodable import refusal, why_one_by_one
 from phoenix_sparse.runtime.decoding import Decoder, sampler
 from phoenix_sparse.runtime.loading import generate
+from phoenix_sparse.runtime.slots import attending
 from tiny import COMMON, SIZES, make_model, pruned
 
 
@@ -78,9 +79,34 @@ def test_packed_and_fused_models_decode_likewise(kind):
 
 
 def test_a_model_of_some_size(shared):
-    model = load_model(shared / "models" / "base-65m", "float32")
-    ids = torch.randint(0, model.config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(Decoder(model, 2, 44).generate(ids, 32), searched(model, ids, 32))
+    for dtype in ("float32", "bfloat16"):
+        model = load_model(shared / "models" / "base-65m", dtype)
+        ids = torch.randint(0, model.config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
+        assert torch.equal(Decoder(model, 2, 44).generate(ids, 32), searched(model, ids, 32, pad_token_id=0))
+
+
+def test_logits_are_transformers_own_to_the_last_bit():
+    """In bfloat16, where two tokens are often as likely as each other and any other rounding chooses otherwise."""
+    model, ids = make_model().to(torch.bfloat16), prompts(2, 9)
+    decoder, cache = Decoder(model, 2, 60), DynamicCache(config=model.config)
+    with torch.inference_mode():
+        expected = model(ids, past_key_values=cache).logits[:, -1]
+        assert torch.equal(decoder.prefill(ids), expected)
+        for _ in range(40):
+            token = decoder.tokens[:, decoder.count - 1 : decoder.count].clone()
+            decoder.advance(1)
+            assert torch.equal(decoder.logits, model(token, past_key_values=cache).logits[:, -1])
+
+
+def test_another_thread_in_the_middle_of_a_step_does_not_matter():
+    """Such a thread has named another attention in the configuration, for windows that slide as well."""
+    model, ids = make_model("mistral"), prompts(2, 40)
+    expected = searched(model, ids, 20)
+    with attending(model.config):
+        assert refusal(model) is None
+        assert torch.equal(Decoder(model, 2, 60).generate(ids, 20), expected)
+        assert torch.equal(searched(model, ids, 20), expected)
+    assert model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("kind", ["mistral", "mixed windows"])  # windows of 16 and of 8 slide
@@ -127,6 +153,9 @@ def test_never_beyond_its_length():
     for wrong in (prompts(2, 5), prompts(1, 21), prompts(1, 0), prompts(1, 4)[0]):
         with pytest.raises(PhoenixError, match="all prompts of one length and without padding"):
             decoder.prefill(wrong)
+    for count in (0, -3):
+        with pytest.raises(PhoenixError, match=f"{count} new tokens; give 1 or more"):
+            decoder.generate(ids, count)
     with pytest.raises(PhoenixError, match="give 1 or more of each"):
         Decoder(model, 0, 5)
 
@@ -139,6 +168,9 @@ def test_rewinding_decodes_the_same_again():
     decoder.rewind(15)
     decoder.advance(30)
     assert torch.equal(decoder.tokens, first)
+    for count in (0, 46):
+        with pytest.raises(PhoenixError, match="give a number from 1 to 45"):
+            decoder.rewind(count)
 
 
 def test_models_that_are_refused():
@@ -161,6 +193,8 @@ def test_text(tokenizer):
     assert generate(model, tokenizer, prompt, max_new_tokens=25) == expected
     with pytest.raises(PhoenixError, match="300 tokens, and the model's context 256"):
         generate(model, tokenizer, "a" * 300)
+    with pytest.raises(PhoenixError, match="0 new tokens"):
+        generate(model, tokenizer, prompt, max_new_tokens=0)
     torch.manual_seed(0)
     other = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=257, hidden_size=16, n_layer=1, n_head=2)).eval()
     expected = tokenizer.decode(searched(other, ids, 9)[0, ids.shape[1] :], skip_special_tokens=True)

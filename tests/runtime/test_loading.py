@@ -111,7 +111,9 @@ def test_importing_phoenix_is_enough_in_any_order(directories, order):
         (lambda t, k: t[k + ".row_offsets"].fill_(2**40), "row_offsets"),
         (lambda t, k: t[k + ".bitmask"].fill_(255), "number of bits|beyond"),
         (lambda t, k: t.update({k + ".shape": torch.tensor([9, 9])}), "stored shape"),
-        (lambda t, k: t.pop(k + ".bitmask"), "bitmask|row_offsets"),
+        (lambda t, k: t.pop(k + ".bitmask"), "no model.layers.1.self_attn.o_proj.bitmask"),
+        (lambda t, k: t.pop(k + ".compressed"), "no model.layers.1.self_attn.o_proj.compressed"),
+        (lambda t, k: t.pop("model.norm.weight"), "lack 1 tensors, model.norm.weight first"),
     ],
 )
 def test_damaged_files_are_errors(directories, change, what):
@@ -120,6 +122,14 @@ def test_damaged_files_are_errors(directories, change, what):
     save_file(tensors, directories[1] / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(PhoenixError, match=what):
         load(directories[1])
+
+
+def test_parts_that_are_not_there_are_not_made_up(directories):
+    tensors = load_file(directories[1] / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.compressed"]
+    save_file(tensors, directories[1] / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PhoenixError, match="no model.layers.0.mlp.up_proj.compressed; pack the model again"):
+        AutoModelForCausalLM.from_pretrained(directories[1])
 
 
 def test_a_config_that_names_no_linear_is_an_error(directories):

@@ -88,7 +88,8 @@ def measure(
         it was measured on: `dtype`, `values`, `threads`, `torch`.
 
     Raises:
-        PhoenixError: the model can't be loaded, has too short a context, or is not sparse enough to be packed.
+        PhoenixError: the model can't be loaded, has too short a context, or is not sparse enough to be packed; or it
+            is packed, and other values are asked for.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -122,13 +123,15 @@ class Pair:
         """Take a dense model or a packed one.
 
         Raises:
-            PhoenixError: no linear of it is smaller packed.
+            PhoenixError: no linear of it is smaller packed, or it is packed, and other values are asked for.
         """
         self.model = model.eval()
         self.forms: dict[str, dict[str, Any]] = {"dense": {}, "sparse": {}}
         before: dict[str, nn.Linear] = {}
         if not _packed_linears(model):
             before = _pack_linears(model, values)
+        elif values != "auto":
+            raise PhoenixError(f"bench: {values} values of a model that is packed already; leave auto, or unpack it")
         prepare(model, model.get_input_embeddings().weight.device)
         for name, module in _packed_linears(model).items():
             self.forms["sparse"][name] = module

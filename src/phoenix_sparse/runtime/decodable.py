@@ -7,6 +7,9 @@ import torch
 
 from phoenix_sparse.runtime.sparse_linear import SparseLinear
 
+STEPPING = "phoenix_slots"
+"""The attention that a configuration names while a step runs (`slots.attending`), perhaps in another thread."""
+
 
 def context_of(model: Any) -> int | None:
     """Positions that a model has; None where its configuration names no limit."""
@@ -24,7 +27,7 @@ def refusal(model: Any) -> str | None:
         return f"{type(model).__name__} does not keep keys and values of each of its layers, once"
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return f"{type(model).__name__} takes no position_ids"
-    if config._attn_implementation not in ("sdpa", "eager"):
+    if config._attn_implementation not in ("sdpa", "eager", STEPPING):
         return f"attention is {config._attn_implementation}, not sdpa or eager"
     return None
 

@@ -82,7 +82,9 @@ class Decoder:
         if self._compiled is not None:
             return self.slots
         if self.reason is not None:
-            return min(self.slots, -(-self.count // ROUND) * ROUND)
+            # On a CPU no others: it adds up as transformers does, to the last bit, only over as many positions.
+            unit = ROUND if self.device.type == "cuda" else 1
+            return min(self.slots, -(-self.count // unit) * unit)
         room = FEWEST
         while room < self.count:
             room *= 2
@@ -219,7 +221,13 @@ class Decoder:
 
     @torch.inference_mode()
     def rewind(self, count: int) -> None:
-        """Go back to where each sequence had `count` tokens, as often as one likes: past the prompts, at least."""
+        """Go back to where each sequence had `count` tokens, as often as one likes.
+
+        Raises:
+            PhoenixError: there are fewer.
+        """
+        if not 1 <= count <= self.count:
+            raise PhoenixError(f"decode: can't go back to {count} tokens; give a number from 1 to {self.count}")
         self.last.copy_(self.tokens[:, count - 1 : count])
         self.position.fill_(count - 1)
         self.count = count
@@ -238,14 +246,21 @@ class Decoder:
 
         Args:
             ids: int64 (batch, prompt), as for `prefill`.
-            max_new_tokens: of each at most.
+            max_new_tokens: of each at most; 1 or more.
             ends: tokens that end a sequence; those of the model's generation configuration unless given.
             padding: what follows an end while other sequences go on; the first of `ends` unless given.
             choose: the tokens (see `sampler`); the likeliest unless given.
 
         Returns:
-            int64 (batch, prompt + new): the tokens that transformers' greedy search gives.
+            int64 (batch, prompt + new): the tokens that transformers' greedy search gives. Where a step looks at more
+            positions than that does (on a GPU, compiled, with windows), logits round otherwise, and near equals may
+            change places.
+
+        Raises:
+            PhoenixError: that is no number of tokens, or the prompts don't fit.
         """
+        if max_new_tokens < 1:
+            raise PhoenixError(f"decode: {max_new_tokens} new tokens; give 1 or more")
         ends = _ends(self.model) if ends is None else list(ends)
         self.prefill(ids, choose)
         start = ids.shape[1]

@@ -32,14 +32,19 @@ def load(directory: Path | str, dtype: Dtype = "auto", device: Device = "auto") 
     read_config(directory)
     config = load_config(directory, packed=True)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=choose_dtype(config, dtype, place),
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
     except (*LIBRARY_ERRORS, SafetensorError) as error:
         raise PhoenixError(f"{directory}: the packed weights can't be loaded ({first_line(error)})") from error
+    model, info = loaded
+    if info["missing_keys"]:  # which transformers makes up
+        missing = sorted(info["missing_keys"])
+        raise PhoenixError(f"{directory}: its files lack {len(missing)} tensors, {missing[0]} first; pack it again")
     model = model.to(place).eval()
     prepare(model, place)
     return model
@@ -51,8 +56,10 @@ def generate(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int = 6
     By `decoding.Decoder`; models that it can't decode (`decodable.refusal`) go through transformers' own loop.
 
     Raises:
-        PhoenixError: the prompt is empty, or fills the model's context.
+        PhoenixError: the prompt is empty, or fills the model's context, or no token is asked for.
     """
+    if max_new_tokens < 1:
+        raise PhoenixError(f"generate: {max_new_tokens} new tokens; give 1 or more")
     inputs = tokenizer(prompt, return_tensors="pt").to(model.get_input_embeddings().weight.device)
     start, context = inputs["input_ids"].shape[1], context_of(model)
     if not start:

@@ -117,7 +117,7 @@ def unpack_model(source: Path, out: Path, *, progress: Progress | None = None) -
             return {name: value}
         found = parts.setdefault(layer, {})
         found[part] = value
-        if not found.keys() >= _needed(layers[layer]):
+        if not found.keys() >= needed(layers[layer]):
             return {}
         dtype = found["weight"].dtype
         return {f"{layer}.weight": unpack(assemble(layer, parts.pop(layer), layers[layer]), dtype)}
@@ -130,7 +130,8 @@ def unpack_model(source: Path, out: Path, *, progress: Progress | None = None) -
         _write(temporary / "config.json", config)
 
 
-def _needed(facts: dict[str, Any]) -> set[str]:
+def needed(facts: dict[str, Any]) -> set[str]:
+    """The parts that files have of a layer with such an entry in config.json."""
     return {"weight", *PARTS[:4]} | ({"scales"} if facts["values"] == "int8" else set())
 
 

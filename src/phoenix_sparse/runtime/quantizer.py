@@ -3,6 +3,7 @@
 Imported by `registration` when transformers is; registers itself.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from phoenix_sparse.checkpoint import reading
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.runtime.packed import check
-from phoenix_sparse.runtime.packing import METHOD, VERSION, check_entry
+from phoenix_sparse.runtime.packing import METHOD, VERSION, check_entry, needed
 from phoenix_sparse.runtime.sparse_linear import SparseLinear
 
 
@@ -47,8 +49,12 @@ class PackedQuantizer(HfQuantizer):
             raise PhoenixError("dtype: float16 can't hold the scales of int8 values; use bfloat16 or float32")
         return dtype
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> Any:
         layers = _layers(self.quantization_config)
+        if checkpoint_files is not None:
+            _check_names(layers, checkpoint_files)
         for name, facts in layers.items():
             parent, leaf = name.rpartition(".")[::2]
             try:
@@ -79,6 +85,18 @@ class PackedQuantizer(HfQuantizer):
 
     def is_serializable(self, **_: Any) -> bool:
         return True
+
+
+def _check_names(layers: dict[str, dict[str, Any]], files: list[str]) -> None:
+    """Refuse files without all parts of packed layers: transformers would make up what isn't there."""
+    found: set[str] = set()
+    for file in files:
+        with reading(Path(file)) as reader:
+            found.update(reader.keys())
+    for layer, facts in layers.items():
+        missing = sorted(part for part in needed(facts) if f"{layer}.{part}" not in found)
+        if missing:
+            raise PhoenixError(f"model: its files have no {layer}.{missing[0]}; pack the model again")
 
 
 def _layers(config: Any) -> dict[str, dict[str, Any]]:

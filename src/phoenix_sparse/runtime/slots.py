@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-NAME = "phoenix_slots"
+from phoenix_sparse.runtime.decodable import STEPPING
 
 
 class Slots(Cache):
@@ -117,7 +118,9 @@ def attend(
     return found.reshape(batch, 1, heads, value.shape[-1]), None
 
 
-AttentionInterface.register(NAME, attend)
+AttentionInterface.register(STEPPING, attend)
+# Steps bring their masks; another thread may ask for one meanwhile, for a prompt.
+AttentionMaskInterface.register(STEPPING, sdpa_mask)
 
 
 @contextmanager
@@ -127,7 +130,7 @@ def attending(config: Any) -> Iterator[None]:
     if before != "sdpa":
         yield
         return
-    config._attn_implementation = NAME
+    config._attn_implementation = STEPPING
     try:
         yield
     finally:

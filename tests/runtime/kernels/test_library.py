@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -52,7 +53,9 @@ def test_torch_can_be_asked_for(monkeypatch):
 def test_a_missing_library_is_said_once(monkeypatch, tmp_path):
     monkeypatch.delenv(library.VARIABLE, raising=False)
     monkeypatch.setattr(library, "FILE", tmp_path / "none.so")
-    with pytest.warns(UserWarning, match="not built when installing.*Install a C\\+\\+ compiler"):
+    with pytest.warns(
+        UserWarning, match="the CPU kernels were not built when installing.*where there is a C\\+\\+ compiler"
+    ):
         assert library.library() is None
     with warnings.catch_warnings(action="error"):
         assert library.library() is None
@@ -66,7 +69,20 @@ def test_a_damaged_library_is_said_too(monkeypatch, tmp_path):
     monkeypatch.delenv(library.VARIABLE, raising=False)
     monkeypatch.setattr(library, "FILE", tmp_path / "bad.so")
     (tmp_path / "bad.so").write_bytes(b"no library")
-    with pytest.warns(UserWarning, match="can't be opened"):
+    with pytest.warns(UserWarning, match="the CPU kernels can't be opened"):
+        assert library.library() is None
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.parametrize("older", [True, False])
+def test_a_library_of_another_version_is_said_too(monkeypatch, tmp_path, older):
+    """Whether it lacks functions of today, or has them all and one that works otherwise."""
+    names = ["phx_interface"] if older else library._FUNCTIONS
+    (tmp_path / "other.c").write_text("\n".join(f"int {name}(void) {{ return 99; }}" for name in names))
+    subprocess.run(["cc", "-shared", "-fPIC", "other.c", "-o", "other.so"], cwd=tmp_path, check=True)
+    monkeypatch.delenv(library.VARIABLE, raising=False)
+    monkeypatch.setattr(library, "FILE", tmp_path / "other.so")
+    with pytest.warns(UserWarning, match="other.so is of another version than this package.*Install"):
         assert library.library() is None
 
 

@@ -67,13 +67,11 @@ class Library:
         # torch was imported above: its OpenMP runtime is then among the process's global symbols, where the library
         # looks for threads.
         self.functions = ctypes.CDLL(str(file))
+        if not all(hasattr(self.functions, name) for name in _FUNCTIONS) or self.functions.phx_interface() != INTERFACE:
+            raise OSError(f"{file} is of another version than this package")
         for name, (arguments, result) in _FUNCTIONS.items():
-            function = getattr(self.functions, name, None)
-            if function is None:
-                raise OSError(f"{file} has no {name}")
+            function = getattr(self.functions, name)
             function.argtypes, function.restype = arguments, result
-        if self.functions.phx_interface() != INTERFACE:
-            raise OSError(f"{file} is of another version than this package; install it again")
         names = [self.functions.phx_path_name(i).decode() for i in range(self.functions.phx_paths())]
         self.paths = [name for i, name in enumerate(names) if self.functions.phx_path_available(i)]
         self.path = path or self.paths[-1]  # the best comes last
@@ -270,14 +268,15 @@ def library() -> Library | None:
             raise PhoenixError(f"{VARIABLE}: {path!r} needs the compiled kernels, and {_reason(error)}") from error
         warnings.warn(
             f"phoenix_sparse: {_reason(error)}; sparse layers work, but slower than dense ones (they are unpacked for "
-            "each call). Install a C++ compiler, then phoenix-sparse again",
+            "each call). Install phoenix-sparse again, where there is a C++ compiler",
             stacklevel=2,
         )
         return None
 
 
 def _reason(error: OSError) -> str:
-    return f"they can't be opened ({error})" if FILE.exists() else "the CPU kernels were not built when installing"
+    found = f"can't be opened ({error})" if FILE.exists() else "were not built when installing"
+    return f"the CPU kernels {found}"
 
 
 def describe() -> str:

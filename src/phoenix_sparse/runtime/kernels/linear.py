@@ -159,7 +159,8 @@ def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: igno
     of_x = of_bias = None
     if ctx.needs_input_grad[0]:
         of_x = gradient_of_x(gradient, bitmask, values, row_offsets, scales, ctx.columns)
-    if ctx.needs_input_grad[5]:
+    # Without a bias torch tells nothing of it: it leaves out last arguments that are their defaults.
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[5]:
         of_bias = gradient_of_bias(gradient, ctx.bias_dtype)
     return of_x, None, None, None, None, of_bias
 

@@ -140,7 +140,7 @@ def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: igno
     if ctx.needs_input_grad[0]:
         packed = unslice(Slices(steps, windows, starts, order, ctx.columns))
         of_x = gradient_of_x(gradient, *packed, scales, ctx.columns)
-    if ctx.needs_input_grad[7]:
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[7]:  # as in `linear`
         of_bias = gradient_of_bias(gradient, ctx.bias_dtype)
     return of_x, *[None] * 6, of_bias
 
