@@ -100,9 +100,9 @@ class CudaLinear(nn.Module):
             )
         values = packed.compressed.to(dtype)
         form = build(packed.bitmask, values, packed.row_offsets, layer.in_features)
-        if values.is_cuda:  # a kernel reads W before what runs ahead of it has ended
-            torch.cuda.synchronize(values.device)
-        return cls(form, layer.scales, layer.bias)
+        made = cls(form, layer.scales, layer.bias)
+        made._settle()
+        return made
 
     @property
     def parts(self) -> list[Tensor]:
@@ -129,7 +129,13 @@ class CudaLinear(nn.Module):
         if fn(torch.empty(1, dtype=self.weight.dtype, device=self.weight.device)).dtype != self.weight.dtype:
             raise PhoenixError("sparse kernels: a layer in the GPU's layout keeps its dtype; load the model in another")
         super()._apply(fn, recurse)
+        self._settle()
         return self
+
+    def _settle(self) -> None:
+        """Wait until W lies where it is read: a kernel reads it before what runs ahead of it has ended."""
+        if self.weight.is_cuda:
+            torch.cuda.synchronize(self.weight.device)
 
     def _save_to_state_dict(self, *_: Any, **__: Any) -> None:
         raise PhoenixError(
