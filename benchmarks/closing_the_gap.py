@@ -32,8 +32,11 @@ from phoenix_sparse.recipe import Recipe, check, dump_recipe, override
 TEACHER = "dense LoRA"  # the run that the dense baselines come from
 LOGITS, HIDDEN = {"logits": 1.0, "hidden": 0.0}, {"logits": 0.0, "hidden": 1.0}
 BOTH = {"logits": 1.0, "hidden": 1.0}
+ELASTIC = {"ranks": [32, 24, 16]}  # the median sub-adapter unless a search picks another
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
+    "elastic": ELASTIC,
+    "elastic+search": ELASTIC | {"search": {"bounds": True, "hill_climb": 8}},
     "lora+logits": {"distill": LOGITS},
     "lora+hidden": {"distill": HIDDEN},
     "lora+both": {"distill": BOTH},
@@ -97,6 +100,7 @@ def recipe_of(args: argparse.Namespace, cell: Cell) -> Recipe:
     """The recipe of a cell; the same but for what the method changes."""
     method, sparsity, seed = cell
     changes = {**METHODS.get(method, {})}
+    search = changes.pop("search", {})
     full = changes.get("method") == "full"
     finetune = {"ranks": [32], "learning_rate": args.full_learning_rate if full else args.learning_rate}
     if "distill" in changes:
@@ -113,6 +117,7 @@ def recipe_of(args: argparse.Namespace, cell: Cell) -> Recipe:
         "evaluate": {"baselines": ["dense", "dense_lora", "pruned"] if method == TEACHER else ["pruned"]},
     }
     values = override(values, args.set)
+    values["search"] = values.get("search", {}) | search
     for section, given in changes.items():  # evolve and distill keep what --set says of them
         inner = values["finetune"].get(section)
         values["finetune"][section] = {**given, **(inner or {})} if isinstance(given, Mapping) else given

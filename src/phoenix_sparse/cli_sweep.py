@@ -131,13 +131,14 @@ def one(
     out: Annotated[Path, typer.Argument(help="a sweep's directory")],
     name: Annotated[str, typer.Argument(help="a cell's name")],
     share: Annotated[bool, typer.Option("--share/--no-share", help="share work with the sweep's other runs")] = True,
+    models: Annotated[bool, typer.Option("--models/--no-models", help="keep the finished run's models")] = True,
 ) -> None:
     """Run one cell of a sweep that is laid out, or go on with it: what the engine starts for each."""
     from phoenix_sparse import pipeline
     from phoenix_sparse.console import showing
     from phoenix_sparse.runs import MANIFEST
     from phoenix_sparse.sweep.places import Places
-    from phoenix_sparse.sweep.running import cell_recipe, end_with
+    from phoenix_sparse.sweep.running import cell_recipe, end_with, remove_models
     from phoenix_sparse.sweep.shared_work import sharing
 
     signal.signal(signal.SIGTERM, _interrupt)
@@ -159,6 +160,8 @@ def one(
     except KeyboardInterrupt:
         typer.echo("interrupted; `phx sweep resume` goes on from the last checkpoint", err=True)
         raise typer.Exit(130) from None
+    if not models:
+        remove_models(directory)
 
 
 def _interrupt(*_: Any) -> None:

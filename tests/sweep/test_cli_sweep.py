@@ -95,3 +95,21 @@ def test_one_cell_is_a_run_like_any_other(file):
     done = phx("report", "sweeps/mine", "--out", "analysis")
     assert done.exit_code == 0, done.output
     assert "good" in Path("analysis/index.html").read_text()
+
+
+def test_a_run_whose_results_alone_are_kept_loses_its_models_and_stays_done(file):
+    quick = ["base.evaluate.baselines=[]", "base.search={bounds: false, hill_climb: 0}"]
+    phx("sweep", "run", file, *quick)  # stand-ins
+    name = "tiny-good-magnitude-50-s2s-s0"
+    run = Path("sweeps/mine/runs", name)
+    (run / "manifest.json").unlink()
+    done = phx("sweep", "one", "sweeps/mine", name, "--no-models")
+    assert done.exit_code == 0, done.output
+    assert not any((run / directory).exists() for directory in ("sparse", "merged"))
+    assert {path.name for path in run.rglob("*.safetensors")} == {"masks.safetensors"}
+    assert "1 done, 1 failed" in phx("sweep", "status", file).output
+    assert (run / "eval.json").is_file()
+    assert list(Path("sweeps/mine/shared").rglob("model.safetensors"))  # which other runs may still want
+    Path("sweeps/mine/mended").touch()
+    assert phx("sweep", "resume", file, *quick, "keep=results").exit_code == 0
+    assert not Path("sweeps/mine/shared").exists()  # nobody is left to want it

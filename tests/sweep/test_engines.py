@@ -36,6 +36,9 @@ if what == "long":
 """
 
 
+ORIGINAL = launching.command
+
+
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch, tmp_path):
     (tmp_path / "run.py").write_text(RUN)
@@ -61,6 +64,12 @@ def test_every_run_goes_on_whatever_becomes_of_the_others(tmp_path):
     assert "RuntimeError: something broke" in reason(tmp_path / "cells" / "crash", known["crash"][-1])
     gpus = {(tmp_path / "cells" / name / "log.txt").read_text().split("gpu ")[1].split()[0] for name in names}
     assert gpus <= {"3", "5"}
+
+
+def test_a_run_is_told_what_it_may_share_and_keep(tmp_path):
+    whole, bare = (ORIGINAL(job(tmp_path, "x", share=one, keep_models=one)) for one in (True, False))
+    assert whole[-3:] == ["one", str(tmp_path), "x"]
+    assert bare == [*whole, "--no-share", "--no-models"]
 
 
 def test_threads_and_gpus_are_the_run_s_own(tmp_path):

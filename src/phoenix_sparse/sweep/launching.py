@@ -31,6 +31,7 @@ class Job:
     threads: int | None = None
     gpu: str | None = None  # None: what the worker's environment says
     worker: str | None = None
+    keep_models: bool = True
 
 
 class Stop:
@@ -108,7 +109,8 @@ def _attempt(job: Job, cell: Path, stop: Stop) -> int:
 def command(job: Job) -> list[str]:
     """What starts a cell's run in a process of its own."""
     words = [sys.executable, "-m", "phoenix_sparse.cli", "sweep", "one", job.out, job.name]
-    return words if job.share else [*words, "--no-share"]
+    words += [] if job.share else ["--no-share"]
+    return words if job.keep_models else [*words, "--no-models"]
 
 
 def _wait(process: subprocess.Popen[bytes], stop: Stop) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from phoenix_sparse.sweep.status import Standing, standing, standings
 
 FILE = "sweep.yaml"
 # Fields that may differ when a sweep is gone on with: they change how it is run, not what.
-FREE = ("engine", "retries", "share")
+FREE = ("engine", "retries", "share", "keep")
 Tell = Callable[[Standing, int, int], None]  # (the cell that ended, how many have, of how many)
 
 
@@ -50,8 +51,10 @@ def run_sweep(sweep: Sweep, out: Path, *, resume: bool, tell: Tell | None = None
         names = [cell.name for cell in sweep.cells]
         todo = [one.name for one in standings(places, names) if one.state != "done"]
         engine, directory = sweep.settings.engine, str(Path.cwd())
+        settings, where = sweep.settings, str(out.resolve())
+        light = settings.keep == "results"
         jobs = [
-            Job(name, str(out.resolve()), directory, sweep.settings.retries, sweep.settings.share, engine.threads)
+            Job(name, where, directory, settings.retries, settings.share, engine.threads, keep_models=not light)
             for name in todo
         ]
         count = 0
@@ -72,6 +75,8 @@ def run_sweep(sweep: Sweep, out: Path, *, resume: bool, tell: Tell | None = None
         finally:
             found = standings(places, names)
             write_registry(places, sweep.cells, found)
+        if light and all(one.state == "done" for one in found):
+            shutil.rmtree(places.shared, ignore_errors=True)  # no run is left to take anything from it
     return found
 
 
@@ -128,6 +133,17 @@ def cell_recipe(places: Places, name: str) -> Recipe:
     if not path.is_file():
         raise PhoenixError(f"{places.out}: no cell {name!r}; `phx sweep plan --cells` names them")
     return load_recipe(path)
+
+
+def remove_models(run: Path) -> None:
+    """Remove the models and adapters of a finished run; masks, results and reports stay.
+
+    Its manifest goes on naming them with their hashes: what they were is known, and the same recipe makes them again.
+    """
+    found = [path.parent for name in ("config.json", "adapter_config.json") for path in run.rglob(name)]
+    for directory in found:
+        if directory != run:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def known_cells(places: Places) -> list[str]:
