@@ -54,7 +54,7 @@ def job(tmp_path: Path, name: str, **changes: object) -> Job:
 def test_every_run_goes_on_whatever_becomes_of_the_others(tmp_path):
     names = ["fine-1", "dies", "once", "wrong", "crash", "fine-2"]
     codes: dict[str, int] = {}
-    run_inline([job(tmp_path, name) for name in names], 2, ["3", "5"], Stop(), codes.__setitem__)
+    run_inline([job(tmp_path, name, gpus=("3", "5")) for name in names], 2, Stop(), codes.__setitem__)
     assert codes == {"fine-1": 0, "fine-2": 0, "once": 0, "dies": -signal.SIGKILL, "wrong": 2, "crash": 1}
     known = {name: attempts(tmp_path / "cells" / name) for name in names}
     # A message about the input wouldn't change; what was killed is tried again, as often as asked for.
@@ -72,9 +72,15 @@ def test_a_run_is_told_what_it_may_share_and_keep(tmp_path):
     assert bare == [*whole, "--no-share", "--no-models"]
 
 
-def test_threads_and_gpus_are_the_run_s_own(tmp_path):
-    found = environment(job(tmp_path, "x", threads=3, gpu="1"))
+def test_threads_and_gpus_are_the_run_s_own(tmp_path, monkeypatch):
+    found = environment(job(tmp_path, "x", threads=3, gpus=("1",)))
     assert (found["OMP_NUM_THREADS"], found["CUDA_VISIBLE_DEVICES"]) == ("3", "1")
+    seen = [
+        environment(job(tmp_path, "x", gpus=("4", "6"), worker=str(one)))["CUDA_VISIBLE_DEVICES"] for one in range(5)
+    ]
+    assert seen == ["4", "6", "4", "6", "4"]
+    monkeypatch.setenv("PARSL_WORKER_RANK", "3")  # as Parsl tells its workers, on each node from 0 on
+    assert environment(job(tmp_path, "x", gpus=("4", "6")))["CUDA_VISIBLE_DEVICES"] == "6"
     left = environment(job(tmp_path, "x"))
     assert left.get("CUDA_VISIBLE_DEVICES") == os.environ.get("CUDA_VISIBLE_DEVICES")
 
@@ -90,7 +96,7 @@ def test_a_sweep_that_is_told_to_stop_ends_its_runs_in_order(tmp_path):
 
     threading.Thread(target=tell).start()
     names = ["long-1", "long-2", "fine"]
-    run_inline([job(tmp_path, name) for name in names], 2, [], stop, codes.__setitem__)
+    run_inline([job(tmp_path, name) for name in names], 2, stop, codes.__setitem__)
     assert codes == {"long-1": 130, "long-2": 130}  # the third never began
     for name in ("long-1", "long-2"):
         (only,) = attempts(tmp_path / "cells" / name)
@@ -139,7 +145,7 @@ def test_parsl_is_configured_for_this_machine(tmp_path):
     settings = EngineSettings.model_validate({"workers": 4, "gpus": [0, 1]})
     (executor,) = parsl_config(settings, tmp_path, 2).executors
     assert executor.max_workers_per_node == 4
-    assert executor.available_accelerators == ["0", "1", "0", "1"]
+    assert not executor.available_accelerators  # each run is pinned by `environment`
     assert executor.provider.label == "local"
     assert parsl_config(settings, tmp_path, 2).retries == 2
     # By this interpreter, and not by scripts, which an installation may have put anywhere.

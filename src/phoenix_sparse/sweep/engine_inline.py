@@ -10,13 +10,12 @@ from phoenix_sparse.sweep.launching import Job, Stop, run_cell
 Ended = Callable[[str, int], None]  # (cell, exit code)
 
 
-def run_inline(jobs: Sequence[Job], workers: int, gpus: Sequence[str], stop: Stop, ended: Ended) -> None:
+def run_inline(jobs: Sequence[Job], workers: int, stop: Stop, ended: Ended) -> None:
     """Run jobs to their ends.
 
     Args:
         jobs: in the order in which they begin.
         workers: runs at once.
-        gpus: worker i sees GPU i modulo their number; all that there are, without.
         stop: set from a signal handler or another thread; runs then end at a checkpoint, and no other begins.
         ended: called in the caller's thread when a cell has ended.
     """
@@ -26,14 +25,13 @@ def run_inline(jobs: Sequence[Job], workers: int, gpus: Sequence[str], stop: Sto
     results: queue.SimpleQueue[tuple[str, int] | BaseException | None] = queue.SimpleQueue()
 
     def work(index: int) -> None:
-        gpu = gpus[index % len(gpus)] if gpus else None
         try:
             while not stop:
                 try:
                     job = waiting.get_nowait()
                 except queue.Empty:
                     return
-                results.put((job.name, run_cell(replace(job, gpu=gpu, worker=str(index)), stop)))
+                results.put((job.name, run_cell(replace(job, worker=str(index)), stop)))
         except BaseException as error:  # told to the caller, whose thread it isn't
             results.put(error)
         finally:

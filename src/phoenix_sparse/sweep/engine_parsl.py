@@ -50,9 +50,6 @@ def parsl_config(settings: EngineSettings, directory: Path, retries: int) -> Any
         interchange_launch_cmd=[sys.executable, "-m", f"{package}.interchange"],
         max_workers_per_node=settings.workers,
         cores_per_worker=1e-6,  # the number of workers is the one above, however few cores there are
-        available_accelerators=[settings.gpus[i % len(settings.gpus)] for i in range(settings.workers)]
-        if settings.gpus
-        else (),
         address="127.0.0.1" if local else None,
         encrypted=not local,
         heartbeat_period=5,

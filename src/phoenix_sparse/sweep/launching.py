@@ -29,7 +29,7 @@ class Job:
     retries: int
     share: bool
     threads: int | None = None
-    gpu: str | None = None  # None: what the worker's environment says
+    gpus: tuple[str, ...] = ()  # worker i sees GPU i modulo their number; none: what its environment says
     worker: str | None = None
     keep_models: bool = True
 
@@ -77,7 +77,7 @@ def run_cell(job: Job, stop: Stop | None = None) -> int:
 
 def _attempt(job: Job, cell: Path, stop: Stop) -> int:
     number = len(attempts(cell)) + 1
-    worker = job.worker or os.environ.get("PARSL_WORKER_RANK")
+    worker = _worker(job)
     cell.mkdir(parents=True, exist_ok=True)
     with (cell / "log.txt").open("ab") as log:
         log.write(f"--- attempt {number}\n".encode())
@@ -130,11 +130,16 @@ def environment(job: Job) -> dict[str, str]:
     `PHOENIX_SWEEP_PARENT` lets a run notice that its worker is gone, so that it doesn't go on as an orphan.
     """
     found = dict(os.environ) | {"PHOENIX_SWEEP_PARENT": str(os.getpid())}
-    if job.gpu is not None:
-        found["CUDA_VISIBLE_DEVICES"] = job.gpu
+    if job.gpus:  # not by Parsl's accelerators: where workers outnumber GPUs, it divides their numbers by its own rule
+        found["CUDA_VISIBLE_DEVICES"] = job.gpus[int(_worker(job) or 0) % len(job.gpus)]
     if job.threads is not None:
         found |= dict.fromkeys(THREAD_VARIABLES, str(job.threads))
     return found
+
+
+def _worker(job: Job) -> str | None:
+    """The number of the worker that this is, from 0 on each node."""
+    return job.worker or os.environ.get("PARSL_WORKER_RANK")
 
 
 def end(pid: int, process: subprocess.Popen[bytes] | None = None, grace: float = GRACE) -> None:

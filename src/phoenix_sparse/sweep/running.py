@@ -54,7 +54,16 @@ def run_sweep(sweep: Sweep, out: Path, *, resume: bool, tell: Tell | None = None
         settings, where = sweep.settings, str(out.resolve())
         light = settings.keep == "results"
         jobs = [
-            Job(name, where, directory, settings.retries, settings.share, engine.threads, keep_models=not light)
+            Job(
+                name,
+                where,
+                directory,
+                settings.retries,
+                settings.share,
+                engine.threads,
+                engine.gpus,
+                keep_models=not light,
+            )
             for name in todo
         ]
         count = 0
@@ -69,7 +78,7 @@ def run_sweep(sweep: Sweep, out: Path, *, resume: bool, tell: Tell | None = None
         try:
             with _signals(stop):
                 if jobs and engine.kind == "inline":
-                    run_inline(jobs, engine.workers, engine.gpus, stop, ended)
+                    run_inline(jobs, engine.workers, stop, ended)
                 elif jobs:
                     run_parsl(jobs, engine, places, stop, ended)
         finally:
