@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from phoenix_sparse.errors import PhoenixError, first_line
 from phoenix_sparse.sweep.engine_inline import Ended
 from phoenix_sparse.sweep.launching import GRACE, Job, Stop, end, run_cell
-from phoenix_sparse.sweep.places import Places, note, running
+from phoenix_sparse.sweep.places import Places, attempts, is_alive, note, running
 from phoenix_sparse.sweep.settings import EngineSettings, PbsSettings, SlurmSettings
 
 LABEL = "phoenix"
@@ -135,13 +136,22 @@ def run_parsl(jobs: Sequence[Job], settings: EngineSettings, places: Places, sto
                 ended(futures[future].name, _code(future, places, futures[future]))
         if stop:  # workers see the file, and end their runs in order before they are ended themselves
             places.stop.touch()
-            concurrent.futures.wait(waiting, timeout=GRACE + 10)
+            _wait_for_runs(places, jobs)
     finally:
         with contextlib.suppress(Exception) if stop else contextlib.nullcontext():
             kernel.cleanup()
         # A worker's end is noticed by its run within a second; whatever is left here is told by us.
         _end_runs(places, jobs)
         places.stop.unlink(missing_ok=True)
+
+
+def _wait_for_runs(places: Places, jobs: Sequence[Job]) -> None:
+    """Wait until no run is at work: those that haven't begun won't, and whoever ended us may have ended Parsl, too."""
+    deadline = time.monotonic() + GRACE + 10
+    known = [attempts(places.cell(job.name)) for job in jobs]
+    while any(tries and is_alive(tries[-1]) for tries in known) and time.monotonic() < deadline:
+        time.sleep(0.5)
+        known = [attempts(places.cell(job.name)) for job in jobs]
 
 
 def _code(future: Any, places: Places, job: Job) -> int:
