@@ -14,10 +14,10 @@
 // memory have no bank conflicts wherever each lane stands. The first TAIL rows of the ring exist twice: a lane may run
 // past the end within a tile without asking.
 //
-// Of int8 values a lane has one stream, four to a row. For four positions it takes the next four bytes, aligned by a
-// shift; permutations put the kept ones into the low bytes of a pair's halves, with zeros above. Such halves are
-// floats too, multiples of the smallest one above zero, and one multiplication and addition, exact in either type, makes
-// them the values divided by UNIT. Hence a byte is 127 - value, and 127 where nothing is kept.
+// Of int8 values a lane has one stream, four to a row. For eight positions it takes the next eight bytes, aligned by
+// shifts; for each four of them permutations put the kept ones into the low bytes of a pair's halves, with zeros above.
+// Such halves are floats too, multiples of the smallest one above zero, and one multiplication and addition, exact in
+// either type, makes them the values divided by UNIT. Hence a byte is 127 - value, and 127 where nothing is kept.
 
 #if INT8
 #define TAIL 16                       // rows of one tile's values, at most
