@@ -3,7 +3,8 @@
     PYTHONPATH=src python benchmarks/gpu_decode.py --compiled --json gpu_decode.json
 
 Random weights, a random half of each linear's kept; both forms have the same weights, and q, k, v and gate, up in one
-launch. Both run the same loop: a static cache, and a CUDA graph of the step from the embedding to the next token. With
+launch; with --values int8 the packed ones are rounded to int8, and the dense form is what they hold. Both run the same
+loop: a static cache, and a CUDA graph of the step from the embedding to the next token. With
 --compiled each form is also measured with the step put through torch.compile before it is recorded; what fails there is
 reported as absent. Forms take turns, times are between CUDA events. `packed / dense` are bytes of the linears that are
 packed; peak memory is that of a process with this form alone: its weights, and what building the decoder and running it
@@ -29,7 +30,7 @@ from phoenix_sparse.models import prunable_linears
 from phoenix_sparse.runtime.bench import Pair
 from phoenix_sparse.runtime.cuda.linear import VARIABLE, prepare
 from phoenix_sparse.runtime.decoding import Decoder
-from phoenix_sparse.runtime.packed import Packed
+from phoenix_sparse.runtime.packed import Packed, quantize
 from phoenix_sparse.runtime.sparse_linear import SparseLinear
 
 DEVICE = torch.device("cuda")
@@ -46,7 +47,7 @@ def _packed(weight: Tensor, kept: Tensor) -> Packed:
 
 
 @torch.no_grad()
-def make_pair(layers: int, width: int, density: float) -> Pair:
+def make_pair(layers: int, width: int, density: float, values: str) -> Pair:
     """A model of random weights, its linears packed as they come, in both forms."""
     from transformers import AutoModelForCausalLM
 
@@ -55,7 +56,8 @@ def make_pair(layers: int, width: int, density: float) -> Pair:
         model: Any = AutoModelForCausalLM.from_config(llama_config(layers, width), dtype=torch.bfloat16)
     for name, linear in prunable_linears(model).items():
         kept = torch.rand(linear.weight.shape, device=DEVICE) < density
-        sparse = SparseLinear.of(_packed(linear.weight.detach(), kept), torch.bfloat16)
+        packed = _packed(linear.weight.detach(), kept)
+        sparse = SparseLinear.of(quantize(packed) if values == "int8" else packed, torch.bfloat16)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, sparse)
     prepare(model.eval(), DEVICE)
@@ -182,6 +184,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--density", type=float, default=0.5)
+    parser.add_argument("--values", choices=["bf16", "int8"], default="bf16")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=128)
@@ -198,7 +201,7 @@ def main() -> int:
             )
         os.environ[VARIABLE] = "kernels"
         start = time.perf_counter()
-        pair = make_pair(options.layers, options.width, options.density)
+        pair = make_pair(options.layers, options.width, options.density, options.values)
         gc.collect()
         torch.cuda.empty_cache()
         sizes = linear_bytes(pair)

@@ -1,15 +1,18 @@
 """One linear on the GPU: Phoenix's kernels against cuBLAS, by shape, density and batch, in one process.
 
-    PYTHONPATH=src python benchmarks/gpu_sparse.py --json gpu_sparse.json
+    PYTHONPATH=src python benchmarks/gpu_sparse.py --values bf16 int8 --json gpu_sparse.json
 
 Launches are captured in a graph and replayed; each launch takes another copy of the weights, of which there are so many
 that no copy is still in the level-2 cache when its turn comes again. Times are medians of replays. `limit` is what
 reading the weights once would take at the bandwidth of a long sum measured beside. Before anything is
-timed, products are compared with float64 on other shapes, and two launches with each other.
+timed, products are compared with float64 on other shapes, and two launches with each other. int8 values are multiplied
+with a bfloat16 x and scaled row by row, and compared with cuBLAS's bfloat16 product as the others are; the layout that
+goes value by value holds none.
 """
 
 import argparse
 import dataclasses
+import itertools
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -39,12 +42,16 @@ Plan = layout.Plan | scattered.Plan
 Launch = Callable[[], object]
 
 
-def _sparse(out: int, columns: int, density: float, dtype: torch.dtype) -> Tensor:
+def _sparse(out: int, columns: int, density: float, dtype: torch.dtype, values: str) -> Tensor:
+    """A random weight; for int8 of all the integers from -128 to 127 but 0."""
     weight = torch.randn(out, columns, device="cuda")
-    return torch.where(torch.rand_like(weight) < density, weight, 0.0).to(dtype)
+    if values == "int8":
+        weight = torch.randint_like(weight, -128, 127)
+        weight += weight >= 0
+    return torch.where(torch.rand(weight.shape, device="cuda") < density, weight, 0.0).to(dtype)
 
 
-def _form(weight: Tensor, plan: Plan) -> Form:
+def _form(weight: Tensor, plan: Plan, values: str) -> Form:
     kept = weight != 0
     out, columns = weight.shape
     bits = torch.nn.functional.pad(kept, (0, -columns % 8)).view(out, -1, 8).to(torch.uint8)
@@ -52,10 +59,11 @@ def _form(weight: Tensor, plan: Plan) -> Form:
     offsets = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0))
     if isinstance(plan, scattered.Plan):
         return scattered.build(bitmask, weight[kept], offsets, columns, plan)
-    return layout.build(bitmask, weight[kept], offsets, columns, plan)
+    held = weight[kept].to(torch.int8) if values == "int8" else weight[kept]
+    return layout.build(bitmask, held, offsets, columns, plan, weight.dtype)
 
 
-def check(batches: list[int], plan: Plan) -> None:
+def check(batches: list[int], plan: Plan, values: str) -> None:
     """Compare with float64, and two launches with each other.
 
     Raises:
@@ -63,8 +71,8 @@ def check(batches: list[int], plan: Plan) -> None:
     """
     for dtype in (torch.bfloat16, torch.float16):
         for out, columns, density in CHECKED:
-            weight = _sparse(out, columns, density, dtype)
-            form = _form(weight, plan)
+            weight = _sparse(out, columns, density, dtype, values)
+            form = _form(weight, plan, values)
             if not torch.equal(expand(form), weight):
                 raise PhoenixError(f"gpu_sparse: {out}x{columns} at {density:.0%} {dtype} is not unpacked as it was")
             for batch in batches:
@@ -74,7 +82,8 @@ def check(batches: list[int], plan: Plan) -> None:
                     raise PhoenixError(f"gpu_sparse: {out}x{columns}, batch {batch}: two launches differ")
                 if not bool((y.double() - exact).norm() <= 5e-3 * exact.norm()):
                     raise PhoenixError(f"gpu_sparse: {out}x{columns} at {density:.0%}, batch {batch}: wrong {dtype}")
-        print(f"checked: {len(CHECKED)} shapes in {dtype}, batches {batches}", flush=True)
+        held = " of int8" if values == "int8" else ""
+        print(f"checked: {len(CHECKED)} shapes{held} in {dtype}, batches {batches}", flush=True)
 
 
 def _copies(form: Form, count: int) -> list[Form]:
@@ -122,13 +131,15 @@ def _one(
     weight: Tensor,
     density: float,
     plan: Plan,
+    values: str,
     xs: dict[int, Tensor],
     base: dict[int, float],
     limit: float,
     repeats: int,
 ) -> Iterator[dict[str, Any]]:
     out, columns = weight.shape
-    form = _form(weight, plan)
+    form = _form(weight, plan, values)
+    scales = torch.rand(out, device="cuda") if values == "int8" else None
     copies = _copies(form, max(2, -(-COLD // form.nbytes)))
     memory = torch.empty(-(-columns // TILE_COLUMNS) * TILE_COLUMNS * out, dtype=weight.dtype, device="cuda")
     unpacked = microseconds([lambda c=c: _expand(c, memory) for c in copies], repeats)
@@ -136,9 +147,10 @@ def _one(
     if isinstance(plan, layout.Plan) and isinstance(form, Layout):
         name = f"{plan.warps}:{plan.ring}:{plan.slack}, depth {form.depth}"
     for batch, x in xs.items():
-        time = microseconds([lambda c=c, x=x: multiply(x, c) for c in copies], repeats)
+        time = microseconds([lambda c=c, x=x: multiply(x, c, scales) for c in copies], repeats)
         yield {
             "shape": f"{out}x{columns}",
+            "values": values,
             "kept": density,
             "batch": batch,
             "plan": name,
@@ -153,9 +165,14 @@ def _one(
 
 
 def measure(
-    shapes: list[tuple[int, int]], densities: list[float], batches: list[int], plans: list[Plan], repeats: int
+    shapes: list[tuple[int, int]],
+    densities: list[float],
+    batches: list[int],
+    plans: list[Plan],
+    values: list[str],
+    repeats: int,
 ) -> list[dict[str, Any]]:
-    """A row for each shape, density and batch; printed as they come."""
+    """A row for each shape, density, kind of values, plan and batch; printed as they come."""
     rows: list[dict[str, Any]] = []
     limit = bandwidth(repeats)
     print(f"reading: {limit / 1e12:.2f} TB/s", flush=True)
@@ -168,12 +185,12 @@ def measure(
             for batch, x in xs.items()
         }
         del dense
-        for density in densities:
-            sparse = _sparse(out, columns, density, torch.bfloat16)
+        for density, kind in itertools.product(densities, values):
+            sparse = _sparse(out, columns, density, torch.bfloat16, kind)
             for plan in plans:
-                if isinstance(plan, scattered.Plan) and density > FEW:
+                if isinstance(plan, scattered.Plan) and (density > FEW or kind == "int8"):
                     continue
-                for row in _one(sparse, density, plan, xs, base, limit, repeats):
+                for row in _one(sparse, density, plan, kind, xs, base, limit, repeats):
                     rows.append(row)
                     print({key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
     return rows
@@ -184,6 +201,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 16, 32])
     parser.add_argument("--density", type=float, nargs="+", default=[0.5, 0.3, 0.1])
     parser.add_argument("--shape", nargs="+", default=[f"{out}x{columns}" for out, columns in SHAPES])
+    parser.add_argument("--values", nargs="+", choices=["bf16", "int8"], default=["bf16"])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--plan", nargs="+", help="WARPS:RING:SLACK; the one that fits the GPU unless given")
     parser.add_argument("--json", type=Path)
@@ -201,9 +219,11 @@ def main() -> int:
             numbers = [[int(part) for part in text.split(":")] for text in options.plan]
             plans = [layout.Plan(plans[0].processors, warps=w, ring=r, slack=s) for w, r, s in numbers]
         plans.append(scattered_product.plan_for(gpu))
-        for plan in plans:
-            check(sorted({1, 3, 8, 9, MOST, *options.batch}), plan)
-        rows = measure(shapes, options.density, options.batch, plans, options.repeats)
+        for plan, values in itertools.product(plans, options.values):
+            if not (isinstance(plan, scattered.Plan) and values == "int8"):
+                # A plan of one's own may have no memory for more rows than are asked for.
+                check(sorted({1, 3, 8, 9, MOST, *options.batch} if not options.plan else options.batch), plan, values)
+        rows = measure(shapes, options.density, options.batch, plans, options.values, options.repeats)
     except PhoenixError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -216,6 +236,7 @@ def main() -> int:
         [
             {
                 "shape": row["shape"],
+                "values": row["values"],
                 "kept": f"{row['kept']:.0%}",
                 "batch": str(row["batch"]),
                 "plan": row["plan"],

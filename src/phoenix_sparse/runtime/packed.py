@@ -76,7 +76,7 @@ def negative_zeros(weight: Tensor) -> int:
 def quantize(packed: Packed) -> Packed:
     """Round the values to int8, symmetrically, with one scale a row: the largest magnitude of a row becomes ±127."""
     values, rows = packed.compressed.float(), row_numbers(packed)
-    largest = torch.zeros(packed.shape[0]).scatter_reduce_(0, rows, values.abs(), "amax")
+    largest = torch.zeros(packed.shape[0], device=values.device).scatter_reduce_(0, rows, values.abs(), "amax")
     # Rounded up, so that no value passes 127; a row of nothing gets 1.
     scales = (largest / 127 * (1 + 2**-7)).bfloat16()
     scales[scales == 0] = 1.0

@@ -87,7 +87,7 @@ def multiply(x: torch.Tensor, layout: Layout, late: bool, scales=None, bias=None
 
 
 def expand(layout: Layout, late: bool) -> torch.Tensor:
-    dense = torch.full((layout.shape[0], layout.blocks * TILE_COLUMNS), float("nan"), dtype=layout.values.dtype)
+    dense = torch.full((layout.shape[0], layout.blocks * TILE_COLUMNS), float("nan"), dtype=layout.dtype)
     _run("run_expand", layout, 1, late, 1, dense)
     return dense
 

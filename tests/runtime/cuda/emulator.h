@@ -139,6 +139,11 @@ static u32 permute(u32 a, u32 b, u32 selector) {
     }
     return d;
 }
+static u32 align(u32 low, u32 high, u32 amount) { return (u32)(((u64)high << 32 | low) >> (amount & 31)); }
+static u32 shift(u32 low, u32 high, u32 amount) {
+    return amount < 32 ? (u32)(((u64)high << 32 | low) >> amount) : high;
+}
+static u32 madd(u32 a, u32 b, u32 c) { return a * b + c; }
 static float widen(u32 bits) {
 #if HALF
     _Float16 h;
@@ -163,6 +168,14 @@ static u16 narrow(float v) {
     memcpy(&bits, &v, 4);
     return (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 #endif
+}
+static u32 fused(u32 a, u32 b, u32 c) {
+    u32 d = 0;
+    for (int at = 0; at < 32; at += 16) {
+        const double product = (double)widen(a >> at & 0xffff) * widen(b >> at & 0xffff);
+        d |= (u32)narrow((float)(product + widen(c >> at & 0xffff))) << at;
+    }
+    return d;
 }
 static u32 given[32][64][6];  // by warp: what its lanes hold
 static void multiply(float* c, const u32* a, u32 b0, u32 b1) {  // PTX ISA, mma.m16n8k16: who holds what

@@ -5,7 +5,7 @@ import torch
 
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.runtime.cuda import compiling
-from phoenix_sparse.runtime.cuda.layout import PER_STREAM, TILE_COLUMNS, TOGETHER
+from phoenix_sparse.runtime.cuda.layout import TAIL, TILE_COLUMNS, TOGETHER, WORD
 from phoenix_sparse.runtime.cuda.linear import CudaLinear, prove
 from phoenix_sparse.runtime.cuda.product import ROW, SLOTS, SUMMED
 from phoenix_sparse.runtime.packed import pack
@@ -52,16 +52,18 @@ def test_without_nvrtc_it_says_so(own_cache):
 
 def test_source_and_launcher_agree_on_sizes():
     source = compiling.SOURCE.read_text(encoding="utf-8")
-    found = {name: int(size) for name, size in re.findall(r"^#define (\w+) +(\d+)\b", source, re.MULTILINE)}
-    sizes = {
-        "TAIL": PER_STREAM,
-        "ROW": ROW,
-        "SLOTS": SLOTS,
-        "COLUMNS": TILE_COLUMNS,
-        "TOGETHER": TOGETHER,
-        "SUMMED": SUMMED,
-    }
-    assert found == sizes
+    found = re.findall(r"^#define (\w+) +(\d+)(?![.\w])", source, re.MULTILINE)
+    sizes = [
+        ("TAIL", TAIL[1]),
+        ("TAIL", TAIL[2]),
+        ("BITS", 8 * WORD),
+        ("ROW", ROW),
+        ("SLOTS", SLOTS),
+        ("COLUMNS", TILE_COLUMNS),
+        ("TOGETHER", TOGETHER),
+        ("SUMMED", SUMMED),
+    ]
+    assert [(name, int(size)) for name, size in found] == sizes
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

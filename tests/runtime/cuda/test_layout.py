@@ -10,7 +10,7 @@ from torch import nn
 import phoenix_sparse.runtime.cuda.forms as forms
 import phoenix_sparse.runtime.cuda.linear as linear
 from phoenix_sparse.errors import PhoenixError
-from phoenix_sparse.runtime.cuda import product, scattered, scattered_product
+from phoenix_sparse.runtime.cuda import product, scattered
 from phoenix_sparse.runtime.cuda.layout import LANES, TOGETHER, Layout, Plan, build, divide, order
 from phoenix_sparse.runtime.packed import pack, quantize
 from phoenix_sparse.runtime.sparse_linear import SparseLinear
@@ -155,26 +155,6 @@ def test_the_emulator_sees_a_ring_that_is_too_small():
     layout.ring -= 8
     wrong = [not torch.equal(emulated.expand(layout, late), weight) for late in (False, True)]
     assert any(wrong)
-
-
-@pytest.fixture
-def on_the_cpu(monkeypatch):
-    """The operator with the emulator in the GPU's place."""
-    emulated = pytest.importorskip("runtime.cuda.emulated")
-
-    def multiply(x, form, *rest):
-        if isinstance(form, Layout):
-            return emulated.multiply(x, form, False, *rest)
-        return torch.cat([emulated.multiply_scattered(some, form, *rest) for some in x.split(16)])
-
-    def expand(form):
-        dense = emulated.expand(form, False) if isinstance(form, Layout) else emulated.expand_scattered(form)
-        return dense[:, : form.shape[1]].contiguous()
-
-    monkeypatch.setattr(linear, "multiply", multiply)
-    monkeypatch.setattr(linear, "expand", expand)
-    monkeypatch.setattr(forms, "plan_for", lambda device: PLANS[0])
-    monkeypatch.setattr(scattered_product, "plan_for", lambda device: scattered.Plan(3, warps=2))
 
 
 @needs_compiler

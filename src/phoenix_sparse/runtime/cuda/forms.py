@@ -26,19 +26,23 @@ SIZES = ((8, 96), (6, 96), (4, 72))
 """Warps, and rows of their rings: for 227, 163 and 99 KiB of shared memory in a block."""
 
 
-def build(bitmask: Tensor, values: Tensor, row_offsets: Tensor, columns: int) -> Form:
-    """The layout of a packed matrix, on its device.
+def build(bitmask: Tensor, values: Tensor, row_offsets: Tensor, columns: int, dtype: torch.dtype) -> Form:
+    """The layout of a packed matrix, on its device. int8 values stay what they are, but where few are kept: see
+    `scattered`.
 
     Args:
         bitmask: uint8 (out, ⌈columns/8⌉), as in `packed.Packed`.
-        values: (nnz,) bfloat16 or float16.
+        values: (nnz,) floats or int8.
         row_offsets: int64 (out + 1).
         columns: of the matrix.
+        dtype: bfloat16 or float16, that products are in; it holds int8 values exactly, others are rounded to it.
     """
     if values.numel() <= FEW * bitmask.shape[0] * columns:
         plan = scattered_product.plan_for(bitmask.device)
-        return scattered.build(bitmask, values, row_offsets, columns, plan)
-    return layout.build(bitmask, values, row_offsets, columns, plan_for(bitmask.device))
+        return scattered.build(bitmask, values.to(dtype), row_offsets, columns, plan)
+    if values.dtype != torch.int8:
+        values = values.to(dtype)
+    return layout.build(bitmask, values, row_offsets, columns, plan_for(bitmask.device), dtype)
 
 
 def multiply(x: Tensor, form: Form, scales: Tensor | None = None, bias: Tensor | None = None) -> Tensor:

@@ -7,6 +7,12 @@ typedef unsigned long long u64;
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
+__device__ __forceinline__ u32 read32(u32 address) {
+    u32 v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
+    return v;
+}
+
 __device__ __forceinline__ uint2 read64(u32 address) {
     uint2 v;
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
@@ -31,6 +37,38 @@ __device__ __forceinline__ u32 dot(u32 a, u32 b, u32 c) {
 __device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
     u32 d;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+    return d;
+}
+
+// The low word of (high, low) >> amount modulo 32.
+__device__ __forceinline__ u32 align(u32 low, u32 high, u32 amount) {
+    u32 d;
+    asm("shf.r.wrap.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(low), "r"(high), "r"(amount));
+    return d;
+}
+
+// The low word of (high, low) >> amount, of at most 32.
+__device__ __forceinline__ u32 shift(u32 low, u32 high, u32 amount) {
+    u32 d;
+    asm("shf.r.clamp.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(low), "r"(high), "r"(amount));
+    return d;
+}
+
+// a · b + c, as one instruction even where the compiler would rather have three.
+__device__ __forceinline__ u32 madd(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+// a · b + c, two floats at once.
+__device__ __forceinline__ u32 fused(u32 a, u32 b, u32 c) {
+    u32 d;
+#if HALF
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+#else
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+#endif
     return d;
 }
 

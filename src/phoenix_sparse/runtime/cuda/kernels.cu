@@ -2,6 +2,7 @@
 //
 // No header is included, so that NVRTC compiles this wherever torch runs. Macros given by compiling.py:
 //   HALF   0: bfloat16, 1: float16
+//   INT8   0: values are such floats, 1: int8, made such floats in registers
 //   NT     rows of x handled, in eights (1 to 4)
 //   NW     warps of a block of threads
 //   DEPTH  tiles that copies run ahead of the decoding
@@ -12,8 +13,18 @@
 // permutation keeps what the bitmap says. Rows of the streams are 128 bytes, one word a lane, so that reads of shared
 // memory have no bank conflicts wherever each lane stands. The first TAIL rows of the ring exist twice: a lane may run
 // past the end within a tile without asking.
+//
+// Of int8 values a lane has one stream, four to a row. For eight positions it takes the next eight bytes, aligned by
+// shifts; for each four of them permutations put the kept ones into the low bytes of a pair's halves, with zeros above.
+// Such halves are floats too, multiples of the smallest one above zero, and one multiplication and addition, exact in
+// either type, makes them the values divided by UNIT. Hence a byte is 127 - value, and 127 where nothing is kept.
 
-#define TAIL 32                       // values of one stream in one tile, at most
+#if INT8
+#define TAIL 16                       // rows of one tile's values, at most
+#else
+#define TAIL 32
+#endif
+#define BITS 32                       // of a lane's word in a row
 #define ROW 128                       // bytes
 #define COPIED (8 * ROW)              // bytes of the rows that are copied at once
 #define SLOTS 8                       // bitmaps in flight; more than DEPTH
@@ -22,6 +33,20 @@
 #define COLUMNS 128                   // of a tile
 #define TOGETHER 8                    // rows of tiles that go through the columns together, for x to be read less often
 #define SUMMED 4                      // of them, whose sums of all warps are in shared memory at a time
+
+// Of int8 values: the byte of a missing one, four times; and pairs of floats.
+#define ABSENT 0x7f7f7f7fu
+#if HALF
+#define UNIT 512.0f
+#define UNITS 0x60006000u             // UNIT
+#define SMALL 0xf800f800u             // -2^15, for a smallest float of 2^-24
+#define HALFWAY 0x33f033f0u           // 127 / UNIT
+#else
+#define UNIT 64.0f
+#define UNITS 0x42804280u
+#define SMALL 0xff00ff00u             // -2^127, for 2^-133
+#define HALFWAY 0x3ffe3ffeu
+#endif
 
 struct Shape {
     int rows, columns, batch;         // of W; of x
@@ -68,8 +93,8 @@ struct Reader {
     const u32* headers;               // of the tile after those two
     u32 ring, slots;                  // addresses in shared memory, this lane's part of a copy and words
     u32 filled;                       // bytes into the ring where the next copy goes
-    u32 base;                         // bytes into the ring where the window begins
-    u32 low, high;                    // bytes from there to this lane's streams
+    u32 base;                         // bytes into the ring where the window begins; for int8 bits of a lane's words
+    u32 low, high;                    // from there to this lane's streams; for int8 low alone
     u32 header, following;            // of the tile to decode next and of that after it: step, 256 · copies to make
     u32 taken, given;                 // slots of bitmaps: the next to decode, the next to fill
 
@@ -117,6 +142,35 @@ struct Reader {
         __syncwarp();
         const uint2 both = read64(slots + taken);
         taken = (taken + SLOT) & (SLOTS * SLOT - 1);
+#if INT8
+        const int step = (header & 0xff) * BITS;
+        low = max((int)low - step, 0);
+        base += step;
+        base = min(base, base - RING * BITS);  // unsigned: what is negative is large
+        const u32 mine = ring - (threadIdx.x & 31) * 12;  // this lane's words
+        u32 at = min(base + low, base + low - RING * BITS);
+        const u32 from = at;
+        u32 bytes, rest;
+#pragma unroll
+        for (int j = 0; j < 16; ++j) {
+            const int q = j & 7, k = q % 3;  // the bits stand k too high, which the factors make good
+            const u32 four = ((j < 8 ? both.x : both.y) >> (q - k)) & (0x01010101u << k);
+            // Byte i: that position's next byte of the four, counted by the bits below, or one of ABSENT; above it
+            // zeros, which are the sign of ABSENT.
+            const u32 selectors = 0xc4c4c4c4u + four * (0x010100fcu >> k);
+            if (j % 2 == 0) {
+                const u32 address = madd(at & ~(BITS - 1u), ROW / BITS, mine);
+                const u32 middle = read32(address + ROW);
+                bytes = align(read32(address), middle, at);
+                rest = align(middle, read32(address + 2 * ROW), at);
+            }
+            a[2 * j] = fused(permute(bytes, ABSENT, selectors), SMALL, HALFWAY);
+            a[2 * j + 1] = fused(permute(bytes, ABSENT, selectors >> 16), SMALL, HALFWAY);
+            if (j % 2 == 0) bytes = shift(bytes, rest, dot(four, 0x08080808u >> k, 0));
+            at = dot(four, 0x08080808u >> k, at);
+        }
+        low += at - from;
+#else
         const int step = (header & 0xff) * ROW;
         low = max((int)low - step, 0);
         high = max((int)high - step, 0);
@@ -143,6 +197,7 @@ struct Reader {
         }
         low += at_low - from_low;
         high += at_high - from_high;
+#endif
     }
 
     // Copy for the tile that is DEPTH ahead, into what this one left behind. Beyond the warp's last tile that copies
@@ -172,6 +227,9 @@ struct Share {
 
 __device__ __forceinline__ void finish(u16* y, float sum, const float* scales, const float* bias, int out, int n,
                                        const Shape& shape) {
+#if INT8
+    sum *= UNIT;
+#endif
     if (scales) sum *= scales[out];
     if (bias) sum += bias[out];
     y[(u64)n * shape.rows + out] = narrow(sum);
@@ -311,6 +369,10 @@ phx_expand(const unsigned char* values, const uint2* bitmaps, const u32* headers
             const int block = first + step / together, tile = some + step % together;
             u32 a[32];
             reader.decode(a);
+#if INT8
+#pragma unroll
+            for (int i = 0; i < 32; ++i) a[i] = fused(a[i], UNITS, 0u);
+#endif
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int row = tile * 16 + half * 8 + (lane >> 2);

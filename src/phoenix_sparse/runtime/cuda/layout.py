@@ -4,7 +4,7 @@ The matrix is cut into tiles of 16 x 128. A warp owns 128 columns after 128 colu
 eight rows of tiles side by side, and goes on with the next eight. In a tile each of its 32 lanes owns the 64 positions
 that it holds in `mma.m16n8k16`: two words of the bitmap. Kept values of even columns form a lane's low stream, those of
 odd columns its high stream. Row r of a warp's memory holds value r of the low and of the high stream of every lane,
-lane by lane, two bytes each.
+lane by lane, two bytes each. Of int8 values a lane has one stream, whose values 4 r to 4 r + 3 are in row r.
 
 Lanes keep different numbers of values, so their streams drift apart. At each tile the warp's window moves on, `step`
 rows, so far that no lane is more than `slack` rows behind its end; a lane that is further behind skips what lies before
@@ -17,14 +17,17 @@ import torch
 from torch import Tensor
 
 from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.runtime.cuda.operands import FLOATS
+from phoenix_sparse.runtime.cuda.windows import COPIED, ring_for, walk
 from phoenix_sparse.runtime.kernels import portable
 
 TILE_ROWS, TILE_COLUMNS, LANES = 16, 128, 32
-PER_STREAM = 32
-"""Positions of one stream in one tile."""
+TAIL = {1: 16, 2: 32}
+"""Rows that the values of one tile take at most, by bytes of a value."""
 TOGETHER = 8  # rows of tiles that a warp takes through its columns together
 SLAB = 8192  # columns that one block of threads handles, at most: it reads all of x's for every eight rows of tiles
-COPIED = 8  # rows that are copied at once
+WORD = 4  # bytes of a lane in a row
+ABSENT = 127  # the byte that int8 values are subtracted from, which a missing one becomes
 CHUNK = 8192  # tiles whose values are placed at a time
 
 
@@ -47,7 +50,7 @@ class Plan:
     deepest: int = 7
 
     def __post_init__(self) -> None:
-        least = self.slack + PER_STREAM + COPIED - 1
+        least = self.slack + max(TAIL.values()) + COPIED - 1
         if (
             self.ring < least
             or self.ring % COPIED
@@ -59,7 +62,7 @@ class Plan:
 
 @dataclass
 class Layout:
-    """The arrays of one matrix (out, in) in 2-byte floats.
+    """The arrays of one matrix (out, in) of 2-byte floats or of int8.
 
     Attributes:
         shape: (out, in).
@@ -68,7 +71,9 @@ class Layout:
         slabs: parts that columns are divided into; blocks of threads are groups · slabs.
         depth: tiles that copies run ahead, as many as the ring holds.
         ring: rows of it that are needed.
-        values: (rows of all warps, 32, 2), the streams.
+        half: what products are in, 0 for bfloat16 and 1 for float16.
+        values: the streams: floats (rows of all warps, 32, 2), or int8 (rows of all warps, 32, 4) whose bits are the
+            byte 127 - value.
         bitmaps: int32 (tiles + depth, 32, 2); bit 8 (2 h + o) + q of word k is row lane // 4 + 8 h, column
             64 k + 16 (lane % 4) + 2 q + o.
         headers: int32 (tiles + 2,): step, and 256 times the eights of rows to copy for the tile that is `depth` ahead.
@@ -82,6 +87,7 @@ class Layout:
     slabs: int
     depth: int
     ring: int
+    half: int
     values: Tensor
     bitmaps: Tensor
     headers: Tensor
@@ -97,6 +103,21 @@ class Layout:
     def blocks(self) -> int:
         """Columns of tiles."""
         return -(-self.shape[1] // TILE_COLUMNS)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That products are in, and W when it is expanded."""
+        return FLOATS[self.half]
+
+    @property
+    def int8(self) -> bool:
+        """Whether values are int8, to be scaled row by row."""
+        return self.values.dtype == torch.int8
+
+    @property
+    def tail(self) -> int:
+        """Rows that a tile's values take at most."""
+        return TAIL[self.values.itemsize]
 
     @property
     def nbytes(self) -> int:
@@ -146,21 +167,38 @@ def _fragments(matrix: Tensor) -> Tensor:
     """(16 T, 128 B) -> (T · B, lane, stream, place in the stream's tile: word, pair, half)."""
     tiles, blocks = matrix.shape[0] // TILE_ROWS, matrix.shape[1] // TILE_COLUMNS
     parts = matrix.view(tiles, 2, 8, blocks, 2, 4, 8, 2)  # tile, half, row, block, word, quarter, pair, odd
-    return parts.permute(0, 3, 2, 5, 7, 4, 6, 1).reshape(tiles * blocks, LANES, 2, PER_STREAM)
+    return parts.permute(0, 3, 2, 5, 7, 4, 6, 1).reshape(tiles * blocks, LANES, 2, -1)
 
 
-def build(bitmask: Tensor, values: Tensor, row_offsets: Tensor, columns: int, plan: Plan) -> Layout:
+def _joined(fragments: Tensor) -> Tensor:
+    """(…, stream, place) -> (…, 1, place) with both streams' places in turn: the only stream of int8 values."""
+    return fragments.transpose(-1, -2).flatten(-2).unsqueeze(-2)
+
+
+def build(
+    bitmask: Tensor, values: Tensor, row_offsets: Tensor, columns: int, plan: Plan, dtype: torch.dtype | None = None
+) -> Layout:
     """The layout of a packed matrix, on its device.
 
     Args:
         bitmask: uint8 (out, ⌈columns/8⌉), as in `packed.Packed`.
-        values: (nnz,) bfloat16 or float16.
+        values: (nnz,) bfloat16, float16 or int8.
         row_offsets: int64 (out + 1).
         columns: of the matrix.
         plan: what to build it for.
+        dtype: bfloat16 or float16, that products with int8 values are in; others are in the values' own.
+
+    Raises:
+        PhoenixError: `dtype` is another.
     """
     out, device = bitmask.shape[0], bitmask.device
-    dense = portable.unpack(bitmask, values.view(torch.int16), row_offsets, columns)
+    dtype = dtype or values.dtype
+    if dtype not in FLOATS or values.dtype not in (dtype, torch.int8):
+        raise PhoenixError(f"layout: no products of {values.dtype} in {dtype}; give bfloat16 or float16")
+    whole = values.dtype == torch.int8
+    streams, per_row = (1, WORD) if whole else (2, 1)
+    stored = (ABSENT - values.short()).to(torch.uint8) if whole else values.view(torch.int16)
+    dense = portable.unpack(bitmask, stored, row_offsets, columns)
     kept = portable.unpack(bitmask, torch.ones_like(values, dtype=torch.int8), row_offsets, columns)
     padding = (0, -columns % TILE_COLUMNS, 0, -out % TILE_ROWS)
     weights = _fragments(torch.nn.functional.pad(dense, padding))
@@ -175,89 +213,56 @@ def build(bitmask: Tensor, values: Tensor, row_offsets: Tensor, columns: int, pl
     first = counts.cumsum(0) - counts
     present = torch.arange(longest, device=device) < counts[:, None]
     number = (first[:, None] + torch.arange(longest, device=device)).where(present, 0)
-    sizes = kept.sum(-1, dtype=torch.int32).flatten(1)[sequence]  # (tiles, 64)
-    starts, steps, ends = _walk(sizes, number, present, plan.slack)
+    sizes = kept.sum(-1, dtype=torch.int32)  # (tiles, 32, 2)
+    sizes = (sizes.sum(-1, dtype=torch.int32) if whole else sizes.flatten(1))[sequence]  # (tiles, lanes · streams)
+    starts, steps, ends = walk(sizes, number, present, plan.slack, per_row)
 
     eights = (ends + COPIED - 1) // COPIED  # by warp and tile, never falling
     per_warp = eights[:, -1]
     fetch = eights.diff(dim=1, prepend=torch.zeros_like(eights[:, :1]))
-    depth, ring = _ring(eights, steps.cumsum(1), plan)
+    depth, ring = ring_for(eights, steps.cumsum(1), plan.ring, plan.deepest, TAIL[stored.itemsize])
     ahead = torch.nn.functional.pad(fetch, (0, depth))[:, depth:]
     headers = torch.nn.functional.pad((steps + ahead * 256)[present], (0, 2))
     begins = per_warp.cumsum(0) - per_warp
     warps = torch.stack([first, begins, counts, eights[:, min(depth, longest) - 1]], 1).int()
 
-    place = (begins[:, None, None] * COPIED + starts)[present]  # (tiles, 64): the row of a stream's first value
-    streams = torch.zeros(max(1, int(per_warp.sum())) * COPIED, LANES, 2, dtype=torch.int16, device=device)
+    place = (begins[:, None, None] * (COPIED * per_row) + starts)[present]  # (tiles, lanes · streams): of first values
+    memory = torch.zeros(
+        max(1, int(per_warp.sum())) * COPIED, LANES, streams * per_row, dtype=stored.dtype, device=device
+    )
     bitmaps = torch.zeros(len(sequence) + depth, LANES, 2, dtype=torch.int32, device=device)
-    lanes = torch.arange(2 * LANES, device=device).view(1, LANES, 2, 1)
+    lanes = torch.arange(streams * LANES, device=device).view(1, LANES, streams, 1) * per_row
+    row = LANES * streams * per_row
     for chunk in range(0, len(sequence), CHUNK):
         some = sequence[chunk : chunk + CHUNK]
-        here = kept[some]
-        rows = place[chunk : chunk + CHUNK].view(-1, LANES, 2, 1) + here.cumsum(-1, dtype=torch.int32) - here
-        taken = here.bool()
-        streams.view(-1)[(rows * (2 * LANES) + lanes)[taken]] = weights[some][taken]
+        here, found = kept[some], weights[some]
         bitmaps[chunk : chunk + len(some)] = _words(here)
+        if whole:
+            here, found = _joined(here), _joined(found)
+        nth = place[chunk : chunk + CHUNK].view(-1, LANES, streams, 1) + here.cumsum(-1, dtype=torch.int32) - here
+        taken = here.bool()
+        memory.view(-1)[(nth // per_row * row + lanes + nth % per_row)[taken]] = found[taken]
     headers = headers.int().contiguous()
-    streams = streams.view(values.dtype)
     counters = torch.zeros(groups, dtype=torch.int32, device=device)
-    return Layout((out, columns), plan.warps, groups, slabs, depth, ring, streams, bitmaps, headers, warps, counters)
-
-
-def _walk(sizes: Tensor, number: Tensor, present: Tensor, slack: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where streams begin in each tile.
-
-    Args:
-        sizes: int32 (tiles, 64), values of each stream.
-        number: (warps, longest), the tiles of each warp.
-        present: likewise, whether there is such a tile.
-        slack: rows that streams may drift apart.
-
-    Returns:
-        Rows of the warp's memory: starts (warps, longest, 64), the window's steps (warps, longest), and the ends of
-        what the tile needs (warps, longest).
-    """
-    end = sizes.new_zeros(len(number), sizes.shape[1], dtype=torch.int64)
-    window = end[:, 0]
-    starts, steps, ends = [], [], []
-    for i in range(number.shape[1]):
-        here = present[:, i]
-        moved = torch.maximum(window, end.amax(1) - slack).where(here, window)
-        begin = torch.maximum(end, moved[:, None])
-        end = (begin + sizes[number[:, i]]).where(here[:, None], end)
-        starts.append(begin)
-        steps.append(moved - window)
-        ends.append(end.amax(1))
-        window = moved
-    return torch.stack(starts, 1), torch.stack(steps, 1), torch.stack(ends, 1)
-
-
-def _ring(eights: Tensor, windows: Tensor, plan: Plan) -> tuple[int, int]:
-    """The depth, and the rows of the ring that it needs, in sixteens to have few kernels.
-
-    When a warp has decoded tile i, rows up to the last one of tile i + depth are copied over those that lie before the
-    window of tile i + 1.
-
-    Args:
-        eights: (warps, longest) eights of rows up to the end of each tile.
-        windows: likewise, the row at which the window begins.
-        plan: its `ring` and `deepest` are limits.
-    """
-    last = eights.shape[1] - 1
-    number = torch.arange(last + 1, device=eights.device)
-    later = windows[:, (number + 1).clamp(max=last)]
-    for depth in range(plan.deepest, 0, -1):
-        until = eights[:, (number + depth).clamp(max=last)] * COPIED
-        at_first = int(eights[:, min(depth - 1, last)].max()) * COPIED
-        needed = -(-max(int((until - later).max()), at_first, PER_STREAM) // 16) * 16
-        if needed <= plan.ring or depth == 1:
-            break
-    return depth, min(needed, plan.ring)
+    return Layout(
+        (out, columns),
+        plan.warps,
+        groups,
+        slabs,
+        depth,
+        ring,
+        FLOATS.index(dtype),
+        memory.view(values.dtype),
+        bitmaps,
+        headers,
+        warps,
+        counters,
+    )
 
 
 def _words(kept: Tensor) -> Tensor:
     """Bitmaps (tiles, lane, word) of int8 (tiles, lane, stream, place)."""
-    place = torch.arange(PER_STREAM // 2, device=kept.device)  # within a word: 2 · pair + half
+    place = torch.arange(kept.shape[-1] // 2, device=kept.device)  # within a word: 2 · pair + half
     shift = (place % 2) * 16 + place // 2 + torch.tensor([0, 8], device=kept.device)[:, None, None]
     words = (kept.unflatten(-1, (2, -1)).long() << shift).sum((-1, -3))
     return torch.where(words >= 2**31, words - 2**32, words).int()

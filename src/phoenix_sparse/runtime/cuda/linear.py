@@ -21,6 +21,7 @@ from phoenix_sparse.runtime.cuda.forms import (
     parts_of,
 )
 from phoenix_sparse.runtime.cuda.fusing import fuse
+from phoenix_sparse.runtime.cuda.layout import Layout
 from phoenix_sparse.runtime.cuda.operands import FLOATS, MOST
 from phoenix_sparse.runtime.cuda.scattered import Scattered
 from phoenix_sparse.runtime.kernels import portable
@@ -80,7 +81,7 @@ class CudaLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = form.shape
         self.numbers, self.names = numbers_of(form), parts_of(type(form))
-        self.register_buffer("weight", form.values.new_empty(0), persistent=False)  # models ask it for its dtype
+        self.register_buffer("weight", form.values.new_empty(0, dtype=form.dtype), persistent=False)  # for models
         for name in self.names:
             self.register_buffer(name, getattr(form, name), persistent=False)
         self.register_buffer("scales", None if scales is None else scales.float(), persistent=False)
@@ -88,7 +89,7 @@ class CudaLinear(nn.Module):
 
     @classmethod
     def of(cls, layer: SparseLinear) -> "CudaLinear":
-        """A layer's layout on its GPU; int8 values become bfloat16, which holds them exactly.
+        """A layer's layout on its GPU.
 
         Raises:
             PhoenixError: its dtype isn't bfloat16 or float16.
@@ -98,8 +99,7 @@ class CudaLinear(nn.Module):
             raise PhoenixError(
                 f"sparse kernels: they compute in bfloat16 or float16, not {dtype}; give --dtype bfloat16"
             )
-        values = packed.compressed.to(dtype)
-        form = build(packed.bitmask, values, packed.row_offsets, layer.in_features)
+        form = build(packed.bitmask, packed.compressed, packed.row_offsets, layer.in_features, dtype)
         made = cls(form, layer.scales, layer.bias)
         made._settle()
         return made
@@ -115,7 +115,8 @@ class CudaLinear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        return self.form.nbytes
+        """Bytes of W as it is held."""
+        return self.form.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
     def dense(self) -> Tensor:
         """The weight (out, in)."""
@@ -128,7 +129,13 @@ class CudaLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "CudaLinear":
         if fn(torch.empty(1, dtype=self.weight.dtype, device=self.weight.device)).dtype != self.weight.dtype:
             raise PhoenixError("sparse kernels: a layer in the GPU's layout keeps its dtype; load the model in another")
-        super()._apply(fn, recurse)
+
+        def move(part: Tensor) -> Tensor:
+            moved: Tensor = fn(part)
+            # Who casts a model to its own dtype doesn't mean scales, which the kernels read in float32.
+            return moved if moved.dtype == part.dtype else part.to(moved.device)
+
+        super()._apply(move, recurse)
         self._settle()
         return self
 
@@ -168,25 +175,29 @@ def wanted(device: torch.device) -> str | None:
 
 
 @cache
-def prove(device: torch.device, dtype: torch.dtype, few: bool) -> None:
+def prove(device: torch.device, dtype: torch.dtype, few: bool, int8: bool = False) -> None:
     """Compare the kernels of one layout with torch on this GPU, once.
 
     Args:
         device: the GPU.
-        dtype: of values and x.
+        dtype: of x, and of values unless they are int8.
         few: whether few weights are kept.
+        int8: whether values are, and stay so in the layout.
 
     Raises:
         PhoenixError: they can't be compiled, or give other results.
     """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(200, 700, generator=generator)
+    if int8:
+        weight = torch.randint(-128, 128, (200, 700), generator=generator).float()
     kept = torch.rand(weight.shape, generator=generator) < (FEW / 2 if few else 0.5)
     weight = torch.where(kept, weight, 0.0).to(dtype)
     places = 2 ** torch.arange(8)
     bytes_ = torch.nn.functional.pad(kept.long(), (0, -700 % 8)).view(200, -1, 8) @ places
     offsets = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0))
-    packed = Packed((200, 700), bytes_.to(torch.uint8), weight[kept], offsets)
+    values, scales = (weight[kept].to(torch.int8), torch.ones(200)) if int8 else (weight[kept], None)
+    packed = Packed((200, 700), bytes_.to(torch.uint8), values, offsets, scales)
     layer = CudaLinear.of(SparseLinear.of(packed, dtype).to(device))
     if not torch.equal(expand(layer.form).cpu(), weight):
         raise PhoenixError(f"sparse kernels: they unpack wrongly on this GPU; set {VARIABLE}=torch, and report it")
@@ -212,7 +223,8 @@ def prepare(model: nn.Module, device: torch.device) -> None:
     fuse(model)
     for name, layer in _packed(model):
         placed = CudaLinear.of(layer)
-        prove(device, layer.weight.dtype, isinstance(placed.form, Scattered))
+        form = placed.form
+        prove(device, layer.weight.dtype, isinstance(form, Scattered), isinstance(form, Layout) and form.int8)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, placed)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from phoenix_sparse.runtime.cuda.compiling import Kernel, kernel
-from phoenix_sparse.runtime.cuda.layout import PER_STREAM, TILE_COLUMNS, TILE_ROWS, Layout
+from phoenix_sparse.runtime.cuda.layout import TAIL, TILE_COLUMNS, TILE_ROWS, Layout
 from phoenix_sparse.runtime.cuda.operands import check
 
 ROW, SLOTS, SUMMED = 128, 8, 4  # as in kernels.cu: bytes of a row; bitmaps, two rows each; rows of tiles summed
@@ -22,7 +22,8 @@ def shape_of(layout: Layout, batch: int) -> _Shape:
 
 def macros(layout: Layout, eights: int) -> dict[str, int]:
     return {
-        "HALF": int(layout.values.dtype == torch.float16),
+        "HALF": layout.half,
+        "INT8": int(layout.int8),
         "NT": eights,
         "NW": layout.warps_per_block,
         "DEPTH": layout.depth,
@@ -30,22 +31,23 @@ def macros(layout: Layout, eights: int) -> dict[str, int]:
     }
 
 
-def shared_bytes(warps: int, ring: int, batch: int = 0) -> int:
-    """Shared memory that a block of threads needs: rings, bitmaps, and sums of so many rows of x (0: none)."""
-    return warps * ((ring + PER_STREAM + 2 * SLOTS) * ROW + batch * SUMMED * TILE_ROWS * 4)
+def shared_bytes(warps: int, ring: int, batch: int = 0, tail: int = max(TAIL.values())) -> int:
+    """Shared memory that a block of threads needs: rings and so many rows of them twice, bitmaps, and sums of so many
+    rows of x (0: none)."""
+    return warps * ((ring + tail + 2 * SLOTS) * ROW + batch * SUMMED * TILE_ROWS * 4)
 
 
 def _kernel(name: str, layout: Layout, eights: int, batch: int) -> Kernel:
     device, warps = layout.values.device, layout.warps_per_block
     options = tuple(macros(layout, eights).items())
-    return kernel(name, device, options, warps * 32, shared_bytes(warps, layout.ring, batch))
+    return kernel(name, device, options, warps * 32, shared_bytes(warps, layout.ring, batch, layout.tail))
 
 
 def multiply(x: Tensor, layout: Layout, scales: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """x (batch, in) · Wᵀ, summed in float32 in an order that never changes.
 
     Args:
-        x: (batch, in) in the layout's dtype, batch at most `operands.MOST`.
+        x: (batch, in) in the dtype of the layout's products, batch at most `operands.MOST`.
         layout: W (out, in).
         scales: float32 (out,), or None.
         bias: float32 (out,), or None.
@@ -58,7 +60,7 @@ def multiply(x: Tensor, layout: Layout, scales: Tensor | None = None, bias: Tens
     """
     out, columns = layout.shape
     batch = x.shape[0]
-    check(x, layout.shape, layout.values)
+    check(x, layout.shape, layout.dtype, layout.values.device)
     padding = -columns % TILE_COLUMNS
     x = torch.nn.functional.pad(x, (0, padding)) if padding else x.contiguous()
     if x.data_ptr() % 16:
@@ -92,12 +94,12 @@ def expand(layout: Layout, dense: Tensor | None = None) -> Tensor:
 
     Args:
         layout: of W.
-        dense: memory to write to, at least out · (in rounded up to 128) values of the layout's dtype; new unless given.
+        dense: memory to write to, at least out · (in rounded up to 128) values of `layout.dtype`; new unless given.
     """
     out, columns = layout.shape
     width = layout.blocks * TILE_COLUMNS
     if dense is None:
-        dense = torch.empty(out * width, dtype=layout.values.dtype, device=layout.values.device)
+        dense = torch.empty(out * width, dtype=layout.dtype, device=layout.values.device)
     run = _kernel("phx_expand", layout, 1, 0)
     run(
         layout.groups * layout.slabs,

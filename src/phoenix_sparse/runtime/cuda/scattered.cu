@@ -26,12 +26,6 @@ struct Shape {
 };
 
 // -- instructions (the tests put others here, to run this file on a CPU)
-__device__ __forceinline__ u32 read32(u32 address) {
-    u32 v;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
-    return v;
-}
-
 __device__ __forceinline__ uint4 read128(u32 address) {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"

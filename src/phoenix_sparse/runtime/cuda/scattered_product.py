@@ -61,7 +61,7 @@ def multiply(x: Tensor, layout: Scattered, scales: Tensor | None = None, bias: T
         PhoenixError: x doesn't fit the layout.
     """
     out = layout.shape[0]
-    check(x, layout.shape, layout.values)
+    check(x, layout.shape, layout.dtype, layout.values.device)
     x = padded(x)
     y = x.new_empty(len(x), out)
     parts = None
