@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.runtime.cuda import many_rows
 from phoenix_sparse.runtime.cuda.compiling import OLDEST
 from phoenix_sparse.runtime.cuda.forms import (
     CROSSOVER,
@@ -21,6 +22,7 @@ from phoenix_sparse.runtime.cuda.forms import (
     parts_of,
 )
 from phoenix_sparse.runtime.cuda.fusing import fuse
+from phoenix_sparse.runtime.cuda.many_rows import Prefill
 from phoenix_sparse.runtime.cuda.operands import FLOATS, MOST
 from phoenix_sparse.runtime.cuda.scattered import Scattered
 from phoenix_sparse.runtime.kernels import portable
@@ -33,12 +35,18 @@ TOLERANCE = 1e-2  # of a product's relative error when the kernels are tried; ro
 
 @torch.library.custom_op("phoenix_sparse::cuda_linear", mutates_args=())  # counters end as they began
 def cuda_linear(
-    x: Tensor, parts: list[Tensor], numbers: list[int], scales: Tensor | None, bias: Tensor | None
+    x: Tensor,
+    parts: list[Tensor],
+    numbers: list[int],
+    scales: Tensor | None,
+    bias: Tensor | None,
+    dense: Tensor | None = None,
+    semi: Tensor | None = None,
 ) -> Tensor:
     """x (…, in) · Wᵀ · scales + bias, W given by its layout's tensors and numbers (`forms.numbers_of`).
 
     Up to `CROSSOVER` rows of x the kernels multiply. Beyond, W is expanded into memory that the next layer uses again,
-    and torch's dense product does the work.
+    and torch's dense product does the work; or a copy of W · scales serves, where there is one (`many_rows`).
 
     Returns:
         (…, out) in x's dtype.
@@ -48,9 +56,11 @@ def cuda_linear(
     flat = x.reshape(-1, columns)
     if len(flat) == 0:
         y = flat.new_empty(0, out)
-    elif len(flat) <= CROSSOVER[type(form)]:
+    elif len(flat) <= many_rows.most_sparse(CROSSOVER[type(form)], dense):
         products = [multiply(some, form, scales, bias) for some in flat.split(MOST)]
         y = products[0] if len(products) == 1 else torch.cat(products)
+    elif dense is not None or semi is not None:
+        y = many_rows.multiply(flat, bias, dense, semi)
     else:
         y = portable.finish(torch.nn.functional.linear(flat, expand(form)), scales, bias, x.dtype)
     return y.view(*x.shape[:-1], out)
@@ -62,12 +72,14 @@ def _(x: Tensor, parts: list[Tensor], numbers: list[int], *rest: Any) -> Tensor:
 
 
 class CudaLinear(nn.Module):
-    """A packed linear whose only copy is the GPU's layout: for inference, never to be saved."""
+    """A packed linear in the GPU's layout, perhaps with a copy for many rows of x: for inference, never to be saved."""
 
     weight: Tensor
     values: Tensor
     scales: Tensor | None
     offset: Tensor | None
+    dense_copy: Tensor | None
+    semi_structured: Tensor | None
 
     def __init__(self, form: Form, scales: Tensor | None, bias: Tensor | None) -> None:
         """A layer of a layout.
@@ -85,6 +97,8 @@ class CudaLinear(nn.Module):
             self.register_buffer(name, getattr(form, name), persistent=False)
         self.register_buffer("scales", None if scales is None else scales.float(), persistent=False)
         self.register_buffer("offset", None if bias is None else bias.detach().float(), persistent=False)
+        self.register_buffer("dense_copy", None, persistent=False)  # these two are `many_rows.keep`'s
+        self.register_buffer("semi_structured", None, persistent=False)
 
     @classmethod
     def of(cls, layer: SparseLinear) -> "CudaLinear":
@@ -115,6 +129,7 @@ class CudaLinear(nn.Module):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the packed form, without what is kept beside it."""
         return self.form.nbytes
 
     def dense(self) -> Tensor:
@@ -123,7 +138,8 @@ class CudaLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out), in x's dtype, summed in float32."""
-        return cuda_linear(x, self.parts, self.numbers, self.scales, self.offset)
+        copies = self.dense_copy, self.semi_structured
+        return cuda_linear(x, self.parts, self.numbers, self.scales, self.offset, *copies)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "CudaLinear":
         if fn(torch.empty(1, dtype=self.weight.dtype, device=self.weight.device)).dtype != self.weight.dtype:
@@ -143,7 +159,10 @@ class CudaLinear(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.nbytes} bytes"
+        copies = {"a dense copy": self.dense_copy, "cuSPARSELt's form": self.semi_structured}
+        beside = [f"{name} of {copy.nbytes}" for name, copy in copies.items() if copy is not None]
+        sizes = ", beside it ".join([f"{self.nbytes} bytes", *beside])
+        return f"in_features={self.in_features}, out_features={self.out_features}, {sizes}"
 
 
 def wanted(device: torch.device) -> str | None:
@@ -197,17 +216,24 @@ def prove(device: torch.device, dtype: torch.dtype, few: bool) -> None:
             raise PhoenixError(f"sparse kernels: wrong products on this GPU; set {VARIABLE}=torch, and report it")
 
 
-def prepare(model: nn.Module, device: torch.device) -> None:
+def prepare(model: nn.Module, device: torch.device, prefill: Prefill = "packed") -> None:
     """Put every packed linear of a model on this GPU into its layout, if that is wanted; the packed arrays are freed.
 
     Those that read the same input become one (see `fusing`). A model in float32 is left as it is, unless the kernels
     were asked for.
 
+    Args:
+        model: with packed linears; those that are in the layout already stay so.
+        device: where it is.
+        prefill: what they get beside it for many rows of x (`many_rows.Prefill`); `packed` leaves what is there.
+
     Raises:
-        PhoenixError: see `wanted`, `prove` and `CudaLinear.of`.
+        PhoenixError: see `wanted`, `prove`, `CudaLinear.of` and `many_rows.keep`; or copies are asked for where the
+            kernels don't multiply.
     """
     wish = wanted(device)
     if wish is None or (wish == "usual" and any(layer.weight.dtype not in FLOATS for _, layer in _packed(model))):
+        many_rows.refuse(prefill, f"copies are for packed linears on Phoenix's GPU kernels, not torch's on {device}")
         return
     fuse(model)
     for name, layer in _packed(model):
@@ -215,6 +241,8 @@ def prepare(model: nn.Module, device: torch.device) -> None:
         prove(device, layer.weight.dtype, isinstance(placed.form, Scattered))
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, placed)
+    if prefill != "packed":
+        many_rows.keep([part for part in model.modules() if isinstance(part, CudaLinear)], prefill, device)
 
 
 def _packed(model: nn.Module) -> list[tuple[str, SparseLinear]]:
