@@ -1,4 +1,5 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -172,6 +173,35 @@ def test_why_there_is_no_cusparselt(monkeypatch):
     assert semi_structured.why_not(GPU) is None
 
 
+def test_cusparselt_gets_what_it_takes(monkeypatch):
+    """The call that torch documents: eights of rows, turned without a copy, and a result that is turned already."""
+    weight, calls = weight_of(32, 48, two_four=True), []
+
+    def sparse_mm(compressed, x, *, bias, transpose_result, alg_id, split_k, split_k_mode):
+        calls.append((x.shape[1], alg_id, split_k, split_k_mode))
+        assert x.t().is_contiguous()
+        assert transpose_result
+        return nn.functional.linear(x.t(), compressed, bias)
+
+    def mm_search(compressed, x, bias, alpha, dtype, transpose_result):
+        assert x.shape[1] % 8 == 0
+        assert transpose_result
+        return torch.tensor(7), 2, 1, 37
+
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", sparse_mm)
+    monkeypatch.setattr(torch._C, "_cusparselt", SimpleNamespace(mm_search=mm_search), raising=False)
+    x, bias = torch.randn(13, 96).bfloat16()[:, ::2], torch.randn(32).bfloat16()
+    exact = x.double() @ weight.double().t() + bias.double()
+    assert close(semi_structured.multiply(x, weight, bias), exact)
+    found = semi_structured.search(x, weight)
+    y = semi_structured.multiply(x, weight, bias, found)
+    assert y.shape == (13, 32)
+    assert close(y, exact)
+    assert calls == [(16, *semi_structured.FIRST), (16, 7, 2, 1)]
+    compiled = torch.compile(semi_structured.multiply, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x, weight, bias), y)
+
+
 def test_cusparselt_is_proved(monkeypatch):
     monkeypatch.setattr(semi_structured, "compress", lambda weight: weight)
     right = nn.functional.linear
@@ -329,6 +359,8 @@ def test_two_four_on_the_gpu(out, columns, dtype):
             assert y.shape == (rows, out)
             assert close(y.cpu(), x.double() @ weight.double().t() + bias.double(), 6e-3)
             assert torch.equal(layer(x.cuda()), y)
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x.cuda()), y)
 
 
 @needs_gpu

@@ -35,18 +35,12 @@ TOLERANCE = 1e-2  # of a product's relative error when the kernels are tried; ro
 
 @torch.library.custom_op("phoenix_sparse::cuda_linear", mutates_args=())  # counters end as they began
 def cuda_linear(
-    x: Tensor,
-    parts: list[Tensor],
-    numbers: list[int],
-    scales: Tensor | None,
-    bias: Tensor | None,
-    dense: Tensor | None = None,
-    semi: Tensor | None = None,
+    x: Tensor, parts: list[Tensor], numbers: list[int], scales: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """x (…, in) · Wᵀ · scales + bias, W given by its layout's tensors and numbers (`forms.numbers_of`).
 
     Up to `CROSSOVER` rows of x the kernels multiply. Beyond, W is expanded into memory that the next layer uses again,
-    and torch's dense product does the work; or a copy of W · scales serves, where there is one (`many_rows`).
+    and torch's dense product does the work.
 
     Returns:
         (…, out) in x's dtype.
@@ -56,11 +50,9 @@ def cuda_linear(
     flat = x.reshape(-1, columns)
     if len(flat) == 0:
         y = flat.new_empty(0, out)
-    elif len(flat) <= many_rows.most_sparse(CROSSOVER[type(form)], dense):
+    elif len(flat) <= CROSSOVER[type(form)]:
         products = [multiply(some, form, scales, bias) for some in flat.split(MOST)]
         y = products[0] if len(products) == 1 else torch.cat(products)
-    elif dense is not None or semi is not None:
-        y = many_rows.multiply(flat, bias, dense, semi)
     else:
         y = portable.finish(torch.nn.functional.linear(flat, expand(form)), scales, bias, x.dtype)
     return y.view(*x.shape[:-1], out)
@@ -92,6 +84,7 @@ class CudaLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = form.shape
         self.numbers, self.names = numbers_of(form), parts_of(type(form))
+        self.crossover = CROSSOVER[type(form)]
         self.register_buffer("weight", form.values.new_empty(0), persistent=False)  # models ask it for its dtype
         for name in self.names:
             self.register_buffer(name, getattr(form, name), persistent=False)
@@ -138,8 +131,10 @@ class CudaLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out), in x's dtype, summed in float32."""
-        copies = self.dense_copy, self.semi_structured
-        return cuda_linear(x, self.parts, self.numbers, self.scales, self.offset, *copies)
+        dense, semi = self.dense_copy, self.semi_structured
+        if many_rows.serve(x.numel() // self.in_features, self.crossover, dense, semi):
+            return many_rows.multiply(x, self.offset, dense, semi)
+        return cuda_linear(x, self.parts, self.numbers, self.scales, self.offset)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "CudaLinear":
         if fn(torch.empty(1, dtype=self.weight.dtype, device=self.weight.device)).dtype != self.weight.dtype:

@@ -69,28 +69,31 @@ def refuse(prefill: Prefill, why: str) -> None:
         raise PhoenixError(f"prefill={prefill}: {why}; give packed or auto")
 
 
-def most_sparse(crossover: int, dense: Tensor | None) -> int:
-    """Rows of x up to which the sparse kernels serve, where beyond `crossover` W would be expanded."""
-    return crossover if dense is None else min(crossover, BESIDE_DENSE)
+def serve(rows: int, crossover: int, dense: Tensor | None, semi: Tensor | None) -> bool:
+    """Whether copies serve so many rows of x, where W would be expanded beyond `crossover` without any."""
+    if dense is not None:
+        return rows > min(crossover, BESIDE_DENSE)
+    return semi is not None and rows > crossover
 
 
 def multiply(x: Tensor, bias: Tensor | None, dense: Tensor | None, semi: Tensor | None) -> Tensor:
-    """x (rows, in) · Wᵀ + bias by a copy of W, of those that are there by the one that is faster.
+    """x · Wᵀ + bias by a copy of W, of those that are there by the one that is faster.
 
     Args:
-        x: more than `most_sparse` rows.
+        x: (…, in), as many rows as `serve` says.
         bias: (out,), or None.
         dense: W (out, in) with its scales, in x's dtype, or None.
-        semi: likewise, as `semi_structured.compress` gives it.
+        semi: likewise, as `semi_structured.compress` gives it; one of the two is there.
 
     Returns:
-        (rows, out) in x's dtype.
+        (…, out) in x's dtype.
     """
     bias = None if bias is None else bias.to(x.dtype)
-    if semi is not None and (dense is None or len(x) >= SEMI_FROM):
-        return semi_structured.multiply(x, semi, bias)
-    assert dense is not None
-    return torch.nn.functional.linear(x, dense, bias)
+    if semi is None or (dense is not None and x.numel() // x.shape[-1] < SEMI_FROM):
+        assert dense is not None
+        return torch.nn.functional.linear(x, dense, bias)
+    y = semi_structured.multiply(x.reshape(-1, x.shape[-1]), semi, bias)
+    return y.view(*x.shape[:-1], -1)
 
 
 def keep(layers: Sequence[Linear], prefill: Prefill, device: torch.device) -> None:

@@ -75,6 +75,27 @@ def padded(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % 16 else x
 
 
+@torch.library.custom_op("phoenix_sparse::semi_structured_linear", mutates_args=())
+def semi_structured_linear(x: Tensor, compressed: Tensor, bias: Tensor | None, algorithm: list[int]) -> Tensor:
+    """`multiply` for torch, which need not look into it: addresses are asked for there."""
+    number, parts, mode = algorithm
+    y: Tensor = torch._cslt_sparse_mm(
+        compressed,
+        padded(x).t(),
+        bias=bias,
+        transpose_result=True,
+        alg_id=number,
+        split_k=parts,
+        split_k_mode=mode,
+    )
+    return y[: len(x)]
+
+
+@semi_structured_linear.register_fake
+def _(x: Tensor, compressed: Tensor, *rest: Any) -> Tensor:  # noqa: ARG001
+    return x.new_empty(x.shape[0], compressed.shape[0])
+
+
 def multiply(x: Tensor, compressed: Tensor, bias: Tensor | None = None, algorithm: Algorithm = FIRST) -> Tensor:
     """x (rows, in) · Wᵀ + bias, summed in float32.
 
@@ -89,17 +110,8 @@ def multiply(x: Tensor, compressed: Tensor, bias: Tensor | None = None, algorith
     Returns:
         (rows, out) in x's dtype.
     """
-    number, parts, mode = algorithm
-    y: Tensor = torch._cslt_sparse_mm(
-        compressed,
-        padded(x).t(),
-        bias=bias,
-        transpose_result=True,
-        alg_id=number,
-        split_k=parts,
-        split_k_mode=mode,
-    )
-    return y[: len(x)]
+    y: Tensor = semi_structured_linear(x, compressed, bias, list(algorithm))
+    return y
 
 
 def search(x: Tensor, compressed: Tensor) -> Algorithm:
