@@ -203,14 +203,15 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
     return cells
 
 
-def crossovers(rows: list[dict[str, Any]], way: str, factor: float) -> dict[str, int | None]:
-    """For each shape the fewest rows of x from which on a way is at least so many times as fast as dense."""
+def crossovers(rows: list[dict[str, Any]], way: str, factor: float, other: str = "dense") -> dict[str, int | None]:
+    """For each shape the fewest rows of x from which on a way is at least so many times as fast as another."""
     found: dict[str, int | None] = {}
     for shape in {row["shape"]: None for row in rows}:
         of_shape = sorted((row for row in rows if row["shape"] == shape), key=lambda row: row["rows"])
         found[shape] = None
         for row in reversed(of_shape):
-            if not row["factors"].get(way, 0.0) >= factor:
+            times = row["microseconds"]
+            if way not in times or not times[other] / times[way] >= factor:
                 break
             found[shape] = row["rows"]
     return found
@@ -357,9 +358,11 @@ def main() -> int:
     print("\nµs (times as fast as dense)")
     print_table([_cells(row) for row in rows])
     found = {name: crossovers(rows, name, 1.0) for name in ("semi", "searched", "as 2048")}
-    found["expand, 0.95x"] = crossovers(rows, "expand", 0.95)
+    found = {f"{name} over dense": by_shape for name, by_shape in found.items()}
+    found["expand over 0.95 of dense"] = crossovers(rows, "expand", 0.95)
+    found["semi over expand"] = crossovers(rows, "semi", 1.0, "expand")
     for name, by_shape in found.items():
-        print(f"{name} reaches dense from: " + ", ".join(f"{shape} {count}" for shape, count in by_shape.items()))
+        print(f"{name}, rows from: " + ", ".join(f"{shape} {count}" for shape, count in by_shape.items()))
     if searches.left <= 0:
         print(f"some algorithms were not searched for: {searches.why}")
     if models:

@@ -177,7 +177,7 @@ def test_cusparselt_gets_what_it_takes(monkeypatch):
     """The call that torch documents: eights of rows, turned without a copy, and a result that is turned already."""
     weight, calls = weight_of(32, 48, two_four=True), []
 
-    def sparse_mm(compressed, x, *, bias, transpose_result, alg_id, split_k, split_k_mode):
+    def sparse_mm(compressed, x, *, bias, transpose_result, alg_id, split_k=1, split_k_mode=-1):
         calls.append((x.shape[1], alg_id, split_k, split_k_mode))
         assert x.t().is_contiguous()
         assert transpose_result

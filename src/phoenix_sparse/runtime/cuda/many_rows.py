@@ -109,7 +109,6 @@ def keep(layers: Sequence[Linear], prefill: Prefill, device: torch.device) -> No
         layer.dense_copy = layer.semi_structured = None
     if prefill == "packed" or not layers:
         return
-    # By identity: modules are compared so, and hashed.
     two_four = set() if prefill == "dense" else {id(layer) for layer in _two_four(layers, prefill, device)}
     sizes = {id(layer): layer.out_features * layer.in_features * layer.weight.itemsize for layer in layers}
     whole = sum(sizes.values())

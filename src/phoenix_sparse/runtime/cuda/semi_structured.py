@@ -79,14 +79,9 @@ def padded(x: Tensor) -> Tensor:
 def semi_structured_linear(x: Tensor, compressed: Tensor, bias: Tensor | None, algorithm: list[int]) -> Tensor:
     """`multiply` for torch, which need not look into it: addresses are asked for there."""
     number, parts, mode = algorithm
+    split: dict[str, Any] = {} if parts == 1 else {"split_k": parts, "split_k_mode": mode}  # older torch has no such
     y: Tensor = torch._cslt_sparse_mm(
-        compressed,
-        padded(x).t(),
-        bias=bias,
-        transpose_result=True,
-        alg_id=number,
-        split_k=parts,
-        split_k_mode=mode,
+        compressed, padded(x).t(), bias=bias, transpose_result=True, alg_id=number, **split
     )
     return y[: len(x)]
 
