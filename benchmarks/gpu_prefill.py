@@ -34,7 +34,7 @@ from phoenix_sparse.errors import PhoenixError, first_line
 from phoenix_sparse.files import write_json
 from phoenix_sparse.models import prunable_linears
 from phoenix_sparse.runtime.cuda import many_rows, semi_structured
-from phoenix_sparse.runtime.cuda.forms import build, expand, form_of, numbers_of, parts_of
+from phoenix_sparse.runtime.cuda.forms import expand, form_of, numbers_of, parts_of
 from phoenix_sparse.runtime.cuda.linear import VARIABLE, CudaLinear, prepare
 from phoenix_sparse.runtime.decoding import Decoder
 from phoenix_sparse.runtime.sparse_linear import SparseLinear
@@ -143,8 +143,7 @@ def measure_linear(
     """
     kept = two_four(out, columns)
     weight = torch.where(kept, torch.randn(out, columns, device=DEVICE), 0.0).to(dtype)
-    packed = packed_of(weight, kept)
-    form = build(packed.bitmask, packed.compressed, packed.row_offsets, columns)
+    form = CudaLinear.of(SparseLinear.of(packed_of(weight, kept), dtype)).form
     compressed = semi_structured.compress(weight)
 
     def copies(size: int) -> range:

@@ -36,9 +36,9 @@ def as_on_a_gpu(monkeypatch):
     """CudaLinear with torch in the kernels' place, and in cuSPARSELt's; what served each product, in order."""
     weights, served = {}, []
 
-    def build(bitmask, values, row_offsets, columns):
-        made = layout.build(bitmask, values, row_offsets, columns, layout.Plan(6))
-        weights[made.values.data_ptr()] = portable.unpack(bitmask, values, row_offsets, columns)
+    def build(bitmask, values, row_offsets, columns, *dtype):
+        made = layout.build(bitmask, values, row_offsets, columns, layout.Plan(6), *dtype)
+        weights[made.values.data_ptr()] = portable.unpack(bitmask, values, row_offsets, columns).bfloat16()
         return made
 
     def multiply(x, form, scales, bias):
