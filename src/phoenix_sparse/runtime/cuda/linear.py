@@ -122,7 +122,6 @@ class CudaLinear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed form, without what is kept beside it."""
         return self.form.nbytes
 
     def dense(self) -> Tensor:
