@@ -22,7 +22,6 @@ from phoenix_sparse.runtime.cuda.forms import (
     parts_of,
 )
 from phoenix_sparse.runtime.cuda.fusing import fuse
-from phoenix_sparse.runtime.cuda.many_rows import Prefill
 from phoenix_sparse.runtime.cuda.operands import FLOATS, MOST
 from phoenix_sparse.runtime.cuda.scattered import Scattered
 from phoenix_sparse.runtime.kernels import portable
@@ -84,7 +83,6 @@ class CudaLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = form.shape
         self.numbers, self.names = numbers_of(form), parts_of(type(form))
-        self.crossover = CROSSOVER[type(form)]
         self.register_buffer("weight", form.values.new_empty(0), persistent=False)  # models ask it for its dtype
         for name in self.names:
             self.register_buffer(name, getattr(form, name), persistent=False)
@@ -92,6 +90,7 @@ class CudaLinear(nn.Module):
         self.register_buffer("offset", None if bias is None else bias.detach().float(), persistent=False)
         self.register_buffer("dense_copy", None, persistent=False)  # these two are `many_rows.keep`'s
         self.register_buffer("semi_structured", None, persistent=False)
+        self.crossover = CROSSOVER[type(form)]
 
     @classmethod
     def of(cls, layer: SparseLinear) -> "CudaLinear":
@@ -210,7 +209,7 @@ def prove(device: torch.device, dtype: torch.dtype, few: bool) -> None:
             raise PhoenixError(f"sparse kernels: wrong products on this GPU; set {VARIABLE}=torch, and report it")
 
 
-def prepare(model: nn.Module, device: torch.device, prefill: Prefill = "packed") -> None:
+def prepare(model: nn.Module, device: torch.device, prefill: many_rows.Prefill = "packed") -> None:
     """Put every packed linear of a model on this GPU into its layout, if that is wanted; the packed arrays are freed.
 
     Those that read the same input become one (see `fusing`). A model in float32 is left as it is, unless the kernels
