@@ -45,6 +45,7 @@ SEARCHED = 2048  # rows that the algorithm of `as 2048` is searched for
 CHOICES = ("packed", "dense", "semi", "auto")
 TURNS = 4  # prompts in a row of one choice; the first isn't timed
 MOST, LONG = 48, 4e-3  # launches that are timed together: so many, or as many as take so many seconds
+LONGEST = 0.01  # seconds of a pause
 CYCLES = 2e9  # of a pause of a second, or somewhat more of it
 CLOSE = 1e-2  # relative error of a product against cuBLAS's
 
@@ -79,7 +80,7 @@ def microseconds(launches: Sequence[Launch], repeats: int) -> tuple[float, float
     run(len(launches))
     seconds, host = timed(lambda: run(len(launches)), 1e-3)
     count = max(len(launches), min(MOST, int(LONG * len(launches) / seconds)))
-    pause = 2 * host * count / len(launches) + 2e-4
+    pause = min(2 * host * count / len(launches) + 2e-4, LONGEST)
     found = [timed(lambda: run(count), pause) for _ in range(repeats)]
     return tuple(statistics.median(part) * 1e6 / count for part in zip(*found, strict=True))  # type: ignore[return-value]
 
@@ -276,7 +277,7 @@ class Choice:
             layer.dense_copy, layer.semi_structured = dense, semi
         self.run()
         self.seconds["launched"].append(timed(lambda: [self.run() for _ in range(TURNS - 1)], 0.0)[0] / (TURNS - 1))
-        self.seconds["gpu"].append(timed(self.run, 0.03)[0])
+        self.seconds["gpu"].append(timed(self.run, 3 * LONGEST)[0])
 
 
 def measure_model(dense: Any, sparse: Any, tokens: int, repeats: int) -> list[dict[str, Any]]:
