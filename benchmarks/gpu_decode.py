@@ -37,7 +37,7 @@ DEVICE = torch.device("cuda")
 LIKE = 0.1  # relative error of logits between the forms: bfloat16 through all layers, in another order
 
 
-def _packed(weight: Tensor, kept: Tensor) -> Packed:
+def packed_of(weight: Tensor, kept: Tensor) -> Packed:
     """As `packed.pack`, on the GPU, which takes milliseconds where a CPU takes seconds."""
     out, columns = weight.shape
     bits = torch.nn.functional.pad(kept, (0, -columns % 8)).view(out, -1, 8).to(torch.uint8)
@@ -56,7 +56,7 @@ def make_pair(layers: int, width: int, density: float, values: str) -> Pair:
         model: Any = AutoModelForCausalLM.from_config(llama_config(layers, width), dtype=torch.bfloat16)
     for name, linear in prunable_linears(model).items():
         kept = torch.rand(linear.weight.shape, device=DEVICE) < density
-        packed = _packed(linear.weight.detach(), kept)
+        packed = packed_of(linear.weight.detach(), kept)
         sparse = SparseLinear.of(quantize(packed) if values == "int8" else packed, torch.bfloat16)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, sparse)

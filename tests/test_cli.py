@@ -41,10 +41,10 @@ OPTIONS = {
     "shrink": ["--masks", "--out", "--dtype", "--device"],
     "pack": ["--out", "--values"],
     "unpack": ["--out"],
-    "generate": ["--max-new-tokens", "--dtype", "--device"],
+    "generate": ["--max-new-tokens", "--dtype", "--device", "--prefill"],
     "bench": [
         *("--batch", "--prompt", "--tokens", "--repeats", "--layers", "--training", "--values", "--threads", "--out"),
-        *("--dtype", "--device"),
+        *("--dtype", "--device", "--prefill"),
     ],
 }
 ARGUMENTS = {

@@ -17,6 +17,9 @@ AnyModel = Annotated[str, typer.Argument(help="a model directory, packed or not"
 Out = Annotated[Path, typer.Option(help="the directory to write", show_default=False)]
 DtypeName = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16")]
 DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu or cuda")]
+PrefillName = Annotated[
+    str, typer.Option("--prefill", help="what packed linears keep for prompts on a GPU: packed, dense, semi or auto")
+]
 ValuesName = Annotated[str, typer.Option(help="of the kept weights: auto (as stored), bf16 or int8")]
 
 
@@ -104,17 +107,20 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to add at most")] = 64,
     dtype: DtypeName = "auto",
     device: DeviceName = "auto",
+    prefill: PrefillName = "packed",
 ) -> None:
     """Continue a prompt with a packed or an ordinary model, greedily."""
     from phoenix_sparse.models import find_model, load_tokenizer
     from phoenix_sparse.recipe import check
+    from phoenix_sparse.runtime.cuda.many_rows import check_prefill
     from phoenix_sparse.runtime.loading import generate as continue_text
     from phoenix_sparse.runtime.loading import open_model
     from phoenix_sparse.steps import Common
 
-    options, directory = check(Common, {"dtype": dtype, "device": device}, "options"), find_model(model)
+    options, kept = check(Common, {"dtype": dtype, "device": device}, "options"), check_prefill(prefill)
+    directory = find_model(model)
     tokenizer = load_tokenizer(directory)
-    loaded = open_model(directory, options.dtype, options.device)
+    loaded = open_model(directory, options.dtype, options.device, kept)
     say(continue_text(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens))
 
 
@@ -132,6 +138,7 @@ def bench(
     threads: Annotated[int | None, typer.Option(min=1, help="of the CPU; torch's own number unless given")] = None,
     dtype: DtypeName = "auto",
     device: DeviceName = "auto",
+    prefill: PrefillName = "packed",
     out: Annotated[Path | None, typer.Option(help="write bench.json here", show_default=False)] = None,
 ) -> None:
     """Measure tokens per second of prefill and decode, dense against sparse, in turns within one process.
@@ -145,11 +152,13 @@ def bench(
     from phoenix_sparse.report import bench_tables
     from phoenix_sparse.runs import host
     from phoenix_sparse.runtime.bench import measure
+    from phoenix_sparse.runtime.cuda.many_rows import check_prefill
     from phoenix_sparse.runtime.packing import check_values
     from phoenix_sparse.steps import Common
     from phoenix_sparse.training_speed import measure_training
 
     options, chosen = check(Common, {"dtype": dtype, "device": device}, "options"), check_values(values)
+    kept = check_prefill(prefill)
     batches = batch or [1, 4, 16]
     if min(batches) < 1:
         raise PhoenixError(f"bench: --batch {min(batches)} is no number of sequences; give 1 or more")
@@ -176,6 +185,7 @@ def bench(
             threads=threads,
             dtype=options.dtype,
             device=options.device,
+            prefill=kept,
             progress=show.progress,
         )
     record["host"] = host()

@@ -24,7 +24,7 @@ def _throughput(record: Mapping[str, Any]) -> "Table":
     weights = record["weight_bytes"]
     title = (
         f"{record['model']}: weights {size(weights['dense'])} dense, {size(weights['sparse'])} packed "
-        f"({record['values']} values); {record['dtype']}, {record['threads']} threads"
+        f"({record['values']} values{_kept(record)}); {record['dtype']}, {record['threads']} threads"
     )
     table = Table(
         title=Text(title),
@@ -45,6 +45,12 @@ def _throughput(record: Mapping[str, Any]) -> "Table":
                 Text(f"{row[phase]['ratio']:.2f}x", style="bold"),
             )
     return table
+
+
+def _kept(record: Mapping[str, Any]) -> str:
+    """What packed linears kept for prompts, if anything: the weights then count it."""
+    prefill = record.get("prefill", "packed")
+    return "" if prefill == "packed" else f", prefill={prefill}"
 
 
 def _training(record: Mapping[str, Any]) -> "Table":

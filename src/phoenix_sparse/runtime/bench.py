@@ -17,6 +17,7 @@ from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.models import prunable_linears
 from phoenix_sparse.progress import Progress
 from phoenix_sparse.runtime.cuda.linear import CudaLinear, prepare
+from phoenix_sparse.runtime.cuda.many_rows import Prefill
 from phoenix_sparse.runtime.decoding import Decoder
 from phoenix_sparse.runtime.loading import open_model
 from phoenix_sparse.runtime.packed import pack, quantize
@@ -79,13 +80,14 @@ def measure(
     threads: int | None,
     dtype: Dtype,
     device: Device,
+    prefill: Prefill = "packed",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """What `phx bench` shows, of a directory packed or not.
+    """What `phx bench` shows, of a directory packed or not; on a GPU with what `prefill` keeps (`cuda.many_rows`).
 
     Returns:
         `weight_bytes` of both forms, `throughput` (see there), `layers` (see there; empty unless asked for), and what
-        it was measured on: `dtype`, `values`, `threads`, `torch`.
+        it was measured on: `dtype`, `values`, `prefill`, `threads`, `torch`.
 
     Raises:
         PhoenixError: the model can't be loaded, has too short a context, or is not sparse enough to be packed; or it
@@ -97,12 +99,13 @@ def measure(
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and prompt + tokens > longest:
         raise PhoenixError(f"bench: {prompt} + {tokens} tokens are more than the model's context of {longest}")
-    pair = Pair(model, values)
+    pair = Pair(model, values, prefill)
     first = next(iter(pair.forms["sparse"].values()))
     return {
         "model": directory.name,
         "dtype": str(model.dtype).removeprefix("torch."),
         "values": str(_values(first).dtype).removeprefix("torch."),
+        "prefill": prefill,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "weight_bytes": {form: pair.bytes(form) for form in pair.forms},
@@ -119,11 +122,12 @@ class Pair:
     Where packed linears are fused for the GPU's kernels, the dense form is fused likewise.
     """
 
-    def __init__(self, model: Any, values: Values) -> None:
+    def __init__(self, model: Any, values: Values, prefill: Prefill = "packed") -> None:
         """Take a dense model or a packed one.
 
         Raises:
-            PhoenixError: no linear of it is smaller packed, or it is packed, and other values are asked for.
+            PhoenixError: no linear of it is smaller packed, or it is packed, and other values are asked for; or what
+                `prefill` names can't be had (`cuda.linear.prepare`).
         """
         self.model = model.eval()
         self.forms: dict[str, dict[str, Any]] = {"dense": {}, "sparse": {}}
@@ -132,7 +136,7 @@ class Pair:
             before = _pack_linears(model, values)
         elif values != "auto":
             raise PhoenixError(f"bench: {values} values of a model that is packed already; leave auto, or unpack it")
-        prepare(model, model.get_input_embeddings().weight.device)
+        prepare(model, model.get_input_embeddings().weight.device, prefill)
         for name, module in _packed_linears(model).items():
             self.forms["sparse"][name] = module
             self.forms["dense"][name] = before[name] if name in before else _dense(module)

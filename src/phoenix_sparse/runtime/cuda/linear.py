@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.runtime.cuda import many_rows
 from phoenix_sparse.runtime.cuda.compiling import OLDEST
 from phoenix_sparse.runtime.cuda.forms import (
     CROSSOVER,
@@ -63,12 +64,14 @@ def _(x: Tensor, parts: list[Tensor], numbers: list[int], *rest: Any) -> Tensor:
 
 
 class CudaLinear(nn.Module):
-    """A packed linear whose only copy is the GPU's layout: for inference, never to be saved."""
+    """A packed linear in the GPU's layout, perhaps with a copy for many rows of x: for inference, never to be saved."""
 
     weight: Tensor
     values: Tensor
     scales: Tensor | None
     offset: Tensor | None
+    dense_copy: Tensor | None
+    semi_structured: Tensor | None
 
     def __init__(self, form: Form, scales: Tensor | None, bias: Tensor | None) -> None:
         """A layer of a layout.
@@ -86,6 +89,9 @@ class CudaLinear(nn.Module):
             self.register_buffer(name, getattr(form, name), persistent=False)
         self.register_buffer("scales", None if scales is None else scales.float(), persistent=False)
         self.register_buffer("offset", None if bias is None else bias.detach().float(), persistent=False)
+        self.register_buffer("dense_copy", None, persistent=False)  # these two are `many_rows.keep`'s
+        self.register_buffer("semi_structured", None, persistent=False)
+        self.crossover = CROSSOVER[type(form)]
 
     @classmethod
     def of(cls, layer: SparseLinear) -> "CudaLinear":
@@ -124,6 +130,9 @@ class CudaLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out), in x's dtype, summed in float32."""
+        dense, semi = self.dense_copy, self.semi_structured
+        if many_rows.serve(x.numel() // self.in_features, self.crossover, dense, semi):
+            return many_rows.multiply(x, self.offset, dense, semi)
         return cuda_linear(x, self.parts, self.numbers, self.scales, self.offset)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "CudaLinear":
@@ -150,7 +159,10 @@ class CudaLinear(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.nbytes} bytes"
+        copies = {"a dense copy": self.dense_copy, "cuSPARSELt's form": self.semi_structured}
+        beside = [f"{name} of {copy.nbytes}" for name, copy in copies.items() if copy is not None]
+        sizes = ", beside it ".join([f"{self.nbytes} bytes", *beside])
+        return f"in_features={self.in_features}, out_features={self.out_features}, {sizes}"
 
 
 def wanted(device: torch.device) -> str | None:
@@ -208,17 +220,24 @@ def prove(device: torch.device, dtype: torch.dtype, few: bool, int8: bool = Fals
             raise PhoenixError(f"sparse kernels: wrong products on this GPU; set {VARIABLE}=torch, and report it")
 
 
-def prepare(model: nn.Module, device: torch.device) -> None:
+def prepare(model: nn.Module, device: torch.device, prefill: many_rows.Prefill = "packed") -> None:
     """Put every packed linear of a model on this GPU into its layout, if that is wanted; the packed arrays are freed.
 
     Those that read the same input become one (see `fusing`). A model in float32 is left as it is, unless the kernels
     were asked for.
 
+    Args:
+        model: with packed linears; those that are in the layout already stay so.
+        device: where it is.
+        prefill: what they get beside it for many rows of x (`many_rows.Prefill`); `packed` leaves what is there.
+
     Raises:
-        PhoenixError: see `wanted`, `prove` and `CudaLinear.of`.
+        PhoenixError: see `wanted`, `prove`, `CudaLinear.of` and `many_rows.keep`; or copies are asked for where the
+            kernels don't multiply.
     """
     wish = wanted(device)
     if wish is None or (wish == "usual" and any(layer.weight.dtype not in FLOATS for _, layer in _packed(model))):
+        many_rows.refuse(prefill, f"copies are for packed linears on Phoenix's GPU kernels, not torch's on {device}")
         return
     fuse(model)
     for name, layer in _packed(model):
@@ -227,6 +246,8 @@ def prepare(model: nn.Module, device: torch.device) -> None:
         prove(device, layer.weight.dtype, isinstance(form, Scattered), isinstance(form, Layout) and form.int8)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, placed)
+    if prefill != "packed":
+        many_rows.keep([part for part in model.modules() if isinstance(part, CudaLinear)], prefill, device)
 
 
 def _packed(model: nn.Module) -> list[tuple[str, SparseLinear]]:
