@@ -201,7 +201,8 @@ class Library:
         return not fault
 
     def dense(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x (batch, in) · weightᵀ (in, out), all bfloat16, batch 1 to 8: a kernel to measure the sparse ones against.
+        """x (batch, in) · weightᵀ (in, out), all bfloat16, batch 1 to 8: what the sparse kernels are measured against, and
+        what multiplies a packed model's dense head.
 
         Raises:
             PhoenixError: this instruction set doesn't have it.
