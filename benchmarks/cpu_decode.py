@@ -20,13 +20,13 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from measuring import SEED, facts, insist_on_huge_pages, print_table, summary
+from openvino_model import in_openvino, openvino_version
 from torch import Tensor
 
 from phoenix_sparse.errors import PhoenixError
@@ -41,7 +41,6 @@ CPU = torch.device("cpu")
 TORCH, OPENVINO = "torch bf16", "OpenVINO"
 LIKE = 0.1  # relative error of logits against float32: bfloat16 through all layers, or int8 weights
 FOLLOWED = 32  # tokens that are given after the prompt when logits are compared
-BYTES = ("i8", "u8")  # weights that are no longer bfloat16's
 
 
 class Variant(Protocol):
@@ -66,88 +65,6 @@ class InTorch:
     def advance(self, steps: int, choose: Choose | None = None) -> None:
         with self.pair.as_(self.form):
             self.decoder.advance(steps, choose)
-
-
-class InOpenVINO:
-    """A stateful export, compiled for a number of threads.
-
-    Attributes:
-        weights: the type of the largest constants: bf16, or i8 and the like where the export has them so.
-        cache: the type of keys and values.
-    """
-
-    def __init__(self, core: Any, directory: Path, threads: int, cache: str) -> None:
-        """Compile it; `cache` is a type, or `default` for what the export or else OpenVINO says.
-
-        Raises:
-            PhoenixError: it is no export of a language model, or a linear of it would not be computed in bfloat16.
-        """
-        file = directory / "openvino_model.xml"
-        if not file.is_file():
-            raise PhoenixError(f"--openvino: {directory} has no {file.name}; export the model as this script says")
-        model = core.read_model(file)
-        _only_last_logits(model)
-        asked = {"INFERENCE_PRECISION_HINT": "bf16", "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
-        asked |= {"INFERENCE_NUM_THREADS": threads} | ({} if cache == "default" else {"KV_CACHE_PRECISION": cache})
-        compiled = core.compile_model(model, "CPU", asked)
-        self.cache = compiled.get_property("KV_CACHE_PRECISION").to_string()
-        self.weights = _check_precision(compiled, model, directory)
-        self.request = compiled.create_infer_request()
-        self.count, self.last = 0, torch.zeros(1, dtype=torch.int64)
-
-    def _put(self, ids: Tensor, choose: Choose | None) -> Tensor:
-        count = ids.shape[1]
-        self.request.infer(
-            {
-                "input_ids": ids.numpy(),
-                "attention_mask": np.ones((1, self.count + count), np.int64),
-                "position_ids": np.arange(self.count, self.count + count)[None],
-                "beam_idx": np.zeros(1, np.int32),
-            },
-            share_inputs=True,
-        )
-        logits = torch.from_numpy(self.request.get_output_tensor(0).data)[:, -1]
-        self.count += count
-        self.last = logits.argmax(-1) if choose is None else choose(logits)
-        return logits
-
-    def prefill(self, ids: Tensor, choose: Choose | None = None) -> Tensor:
-        self.request.reset_state()
-        self.count = 0
-        return self._put(ids, choose)
-
-    def advance(self, steps: int, choose: Choose | None = None) -> None:
-        for _ in range(steps):
-            self._put(self.last[:, None], choose)
-
-
-def _only_last_logits(model: Any) -> None:
-    """Leave out the logits of all positions but the last, as OpenVINO's own generation library does."""
-    from openvino import opset13
-
-    node = model.output("logits").get_node()
-    while node.get_type_name() != "MatMul":
-        node = node.input_value(0).get_node()
-    bounds = [opset13.constant([number], dtype=np.int64) for number in (-1, np.iinfo(np.int64).max, 1, 1)]
-    node.input(0).replace_source_output(opset13.slice(node.input_value(0), *bounds).output(0))
-    model.validate_nodes_and_infer_types()
-
-
-def _check_precision(compiled: Any, model: Any, directory: Path) -> str:
-    linears = [op for op in compiled.get_runtime_model().get_ops() if _says(op, "layerType") == "FullyConnected"]
-    others = sorted({_says(op, "runtimePrecision") for op in linears} - {"bf16"})
-    if not linears or others:
-        raise PhoenixError(
-            f"{directory}: OpenVINO computes linears in {', '.join(others) or 'no way it tells of'}, not bf16"
-        )
-    constants = [op for op in model.get_ops() if op.get_type_name() == "Constant"]
-    largest = max(constants, key=lambda op: int(np.prod(list(op.get_output_shape(0)))))
-    stored = str(largest.get_element_type().to_string())
-    return stored if stored in BYTES else "bf16"
-
-
-def _says(op: Any, key: str) -> str:
-    return str(op.get_rt_info()[key].astype(str))
 
 
 def write_model(directory: Path, sparsity: float) -> None:
@@ -227,21 +144,6 @@ def in_torch(directory: Path, length: int) -> dict[str, Variant]:
     return {TORCH: InTorch(pairs["bf16"], "dense", length), **packed}
 
 
-def in_openvino(directories: Sequence[Path], threads: int, caches: Sequence[str]) -> dict[str, Variant]:
-    if not directories:
-        return {}
-    try:
-        import openvino
-    except ImportError:
-        raise PhoenixError("--openvino: there is no openvino here; pip install openvino") from None
-    core, variants = openvino.Core(), {}
-    for directory in directories:
-        for cache in caches:
-            one = InOpenVINO(core, directory, threads, cache)
-            variants[f"{OPENVINO} {one.weights}, cache {one.cache}"] = one
-    return variants
-
-
 def measure(
     variants: Mapping[str, Variant], ids: Tensor, tokens: int, repeats: int
 ) -> dict[str, dict[str, list[float]]]:
@@ -306,30 +208,28 @@ def _arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = _arguments()
-    if (
-        not 0 <= options.sparsity < 1
-        or options.repeats < 2
-        or min(options.prompt, options.tokens, *options.threads) < 1
-    ):
+    least = min(options.prompt, options.tokens, options.repeats - 1, *options.threads)
+    if not 0 <= options.sparsity < 1 or least < 1:
         raise PhoenixError("--sparsity is from 0 to below 1; prompt, tokens and threads are 1 or more, repeats 2")
     if options.write:
+        if options.model.exists():
+            raise PhoenixError(f"--write: {options.model} exists; name a new directory")
         write_model(options.model, options.sparsity)
         return
     compiled = library()
     if compiled is None:
         raise PhoenixError("the CPU kernels are not built, so there is nothing to compare")
+    versions = {"openvino": openvino_version(options.openvino)} if options.openvino else {}
     torch.set_num_threads(max(options.threads))
-    followed = options.prompt + FOLLOWED
-    model_config = load_config(options.model)
-    generator = torch.Generator().manual_seed(SEED)
-    ids = torch.randint(model_config.vocab_size, (1, followed), generator=generator)
+    vocabulary, generator = load_config(options.model).vocab_size, torch.Generator().manual_seed(SEED)
+    ids = torch.randint(vocabulary, (1, options.prompt + FOLLOWED), generator=generator)
     exact = exact_logits(options.model, ids, options.prompt)
     models = in_torch(options.model, options.prompt + max(options.tokens, FOLLOWED))
-    record = facts(CPU, torch.bfloat16) | {"kernels": compiled.describe(), "rows": []}
-    record["options"] = {
-        name: value for name, value in vars(options).items() if name not in ("model", "openvino", "json")
-    }
-    print(f"{record['hardware']}; torch {torch.__version__}; {record['kernels']}")
+    settings = {name: getattr(options, name) for name in ("cache", "threads", "prompt", "tokens", "repeats")}
+    record = facts(CPU, torch.bfloat16) | {"kernels": compiled.describe(), "options": settings, "rows": []}
+    record["versions"] |= versions
+    print(f"{record['hardware']}; {record['kernels']}")
+    print(", ".join(f"{name} {number}" for name, number in record["versions"].items()))
     print(f"{record['date']}, commit {record['commit'] or 'unknown'}")
     for threads in options.threads:
         torch.set_num_threads(threads)
