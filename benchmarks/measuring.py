@@ -4,6 +4,7 @@ import gc
 import os
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +22,15 @@ Context = Callable[[], AbstractContextManager[Any]]
 
 RANK, SCALE, SPARSITY, SEED = 32, 2.0, 0.5, 0
 LORA, FLOOR = "lora", "full"  # the variants that the others are compared with
+
+# Huge pages for what is allocated on the CPU, as torch asks for them and as glibc does for all others.
+PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "THP_MEM_ALLOC_ENABLE": "1"}
+
+
+def insist_on_huge_pages() -> None:
+    """Start this script again if it was started without them: glibc reads its setting only when a process starts."""
+    if any(os.environ.get(name) != value for name, value in PAGES.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | PAGES)
 
 
 def mixed(device: torch.device) -> Context:

@@ -10,14 +10,13 @@ product is compared with float64.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import facts, print_table, summary, time_in_turn
+from measuring import facts, insist_on_huge_pages, print_table, summary, time_in_turn
 from torch import Tensor
 
 from phoenix_sparse.errors import PhoenixError
@@ -30,8 +29,6 @@ from phoenix_sparse.runtime.kernels.slices import Slices
 from phoenix_sparse.runtime.kernels.slicing import count_steps, fill
 from phoenix_sparse.runtime.packed import Packed, pack, quantize
 
-# Huge pages for what torch allocates while it computes. glibc reads its own only when a process starts.
-PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "THP_MEM_ALLOC_ENABLE": "1"}
 READ = 2**28  # bytes that bandwidth is measured with
 TORCH, OWN = "torch bf16", "own dense bf16"
 
@@ -184,8 +181,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if any(os.environ.get(name) != value for name, value in PAGES.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | PAGES)
+    insist_on_huge_pages()
     try:
         main()
     except PhoenixError as error:

@@ -19,6 +19,7 @@ from phoenix_sparse.progress import Progress
 from phoenix_sparse.runtime.cuda.linear import CudaLinear, prepare
 from phoenix_sparse.runtime.cuda.many_rows import Prefill
 from phoenix_sparse.runtime.decoding import Decoder
+from phoenix_sparse.runtime.head import Head, head_of
 from phoenix_sparse.runtime.loading import open_model
 from phoenix_sparse.runtime.packed import pack, quantize
 from phoenix_sparse.runtime.packing import Values
@@ -142,12 +143,15 @@ class Pair:
             self.forms["dense"][name] = before[name] if name in before else _dense(module)
         if not self.forms["sparse"]:
             raise PhoenixError("bench: no linear of this model is sparse enough to be packed; prune it first")
+        self.heads = _heads(model)
 
     @contextmanager
     def as_(self, form: str) -> Iterator[Any]:
         """The model in one form."""
         for name, module in self.forms[form].items():
             _put(self.model, name, module)
+        if form in self.heads:
+            self.model.set_output_embeddings(self.heads[form])
         yield self.model
 
     def bytes(self, form: str) -> int:
@@ -155,6 +159,17 @@ class Pair:
         with self.as_(form) as model:
             tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if t.numel()}
         return sum(tensors.values())
+
+
+def _heads(model: Any) -> dict[str, nn.Linear]:
+    """torch's own head for the dense form, and for the sparse one that which packed models are loaded with."""
+    head = head_of(model)
+    if head is None:
+        return {}
+    with torch.device("meta"):
+        plain = nn.Linear(head.in_features, head.out_features, bias=False)
+    plain.weight = head.weight
+    return {"dense": plain, "sparse": Head.of(head)}
 
 
 def _packed_linears(model: nn.Module) -> dict[str, SparseLinear | CudaLinear]:

@@ -13,6 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from phoenix_sparse.checkpoint import reading
 from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.runtime.head import put_head
 from phoenix_sparse.runtime.packed import check
 from phoenix_sparse.runtime.packing import METHOD, VERSION, check_entry, needed
 from phoenix_sparse.runtime.sparse_linear import SparseLinear
@@ -77,6 +78,7 @@ class PackedQuantizer(HfQuantizer):
                     raise PhoenixError(f"model: the stored shape of {name} is not that of config.json; pack it again")
                 check(module.packed, name)
                 module.place()
+        put_head(model)
         return model
 
     @property

@@ -177,7 +177,8 @@ int phx_expand(int path, int threads, const uint8_t* bitmask, const void* values
     return phx::OK;
 }
 
-// y (batch, rows) = x (batch, cols) W' of bfloat16, with dense W: what sparse kernels are compared with. Batch up to 8.
+// y (batch, rows) = x (batch, cols) W' of bfloat16, with dense W: a packed model's head, and what sparse
+// kernels are compared with. Batch up to 8.
 int phx_dense(int path, int threads, const uint16_t* w, const uint16_t* x, uint16_t* y, int64_t rows, int64_t cols,
               int64_t batch) {
     using namespace phx;

@@ -1,5 +1,5 @@
 """What is faster. For many rows of x: the sparse kernels, or unpacking and torch's dense product; measured, once. For
-few values: slices instead of a bitmap; measured beforehand.
+few values: slices instead of a bitmap; measured beforehand. For a dense matrix: torch or our kernel; measured, once.
 """
 
 import math
@@ -31,6 +31,11 @@ Product = Callable[..., object]
 table: dict[Key, bool] = {}
 """By instruction set, threads, dtypes of x and values, rows of x (a power of two), and layout (0, or the power of two
 that slices have weights for a place): whether dense was faster."""
+
+PART = 2**26  # bytes of a dense weight that are timed: more than most caches hold
+
+dense_table: dict[tuple[str, int, int, int], bool] = {}
+"""By instruction set, threads, rows of x and columns: whether our dense kernel was faster than torch's product."""
 
 
 def slices_pay(values: torch.dtype, weights: int, places: int) -> bool:
@@ -74,6 +79,36 @@ def dense_is_faster(
     if key not in table:
         table[key] = _measure(library, x.dtype, values, rows, sparse, dense, layout, 2.0**-halvings)
     return table[key]
+
+
+def own_dense_is_faster(library: Library, x: Tensor, weight: Tensor) -> bool:
+    """Whether to multiply x (batch, in) with a dense weight (out, in) by `library.dense`, and not by torch.
+
+    The first call with a new key times both on some rows of the weight, which takes some hundredths of a second. What
+    is said of `dense_is_faster` holds here: where nothing is timed, our kernel is taken.
+
+    Args:
+        library: the kernels, with a dense one.
+        x: bfloat16, contiguous, of 1 to 8 rows.
+        weight: bfloat16, contiguous.
+    """
+    if os.environ.get(VARIABLE) == "off" or torch.are_deterministic_algorithms_enabled():
+        return True
+    key = (library.path, torch.get_num_threads(), x.shape[0], x.shape[1])
+    if key not in dense_table:
+        some = weight[: max(1, PART // (2 * x.shape[1]))]
+        own, other = (_best(product, x, some) for product in (library.dense, torch.nn.functional.linear))
+        dense_table[key] = own < other
+    return dense_table[key]
+
+
+def _best(product: Callable[[Tensor, Tensor], object], x: Tensor, weight: Tensor) -> float:
+    best = float("inf")
+    for _ in range(ROUNDS + 1):
+        start = time.perf_counter()
+        product(x, weight)
+        best = min(best, time.perf_counter() - start)
+    return best
 
 
 def _measure(

@@ -201,7 +201,9 @@ class Library:
         return not fault
 
     def dense(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x (batch, in) · weightᵀ (in, out), all bfloat16, batch 1 to 8: a kernel to measure the sparse ones against.
+        """x (batch, in) · weightᵀ (in, out), all bfloat16, batch 1 to 8.
+
+        Sparse kernels are measured against it, and a packed model's dense head is multiplied by it.
 
         Raises:
             PhoenixError: this instruction set doesn't have it.
