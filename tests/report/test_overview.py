@@ -45,6 +45,24 @@ def test_the_front_is_what_nothing_beats(points):
     assert kept == sorted(kept)
 
 
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 9)), max_size=30))
+def test_on_the_front_no_point_is_beaten_by_one_of_about_its_own_speed(points):
+    kept = front(points, 0.1)
+    assert set(kept) <= set(front(points))
+    for x, y in kept:
+        assert not any(other > y and place >= 0.9 * x for place, other in points)
+    for x, y in set(points) - set(kept):
+        assert any((place > x and other >= y) or (place >= 0.9 * x and other > y) for place, other in points)
+
+
+def test_one_seed_has_the_interval_of_its_examples_and_several_have_their_own():
+    rows = [{"target_sparsity": 0.5, "accuracy": 0.4, "stderr": 0.02}]
+    (one,) = series(rows, "accuracy", error="stderr")
+    assert (one.low, one.high) == (pytest.approx(0.4 - 1.96 * 0.02), pytest.approx(0.4 + 1.96 * 0.02))
+    (two,) = series([*rows, rows[0] | {"accuracy": 0.5}], "accuracy", error="stderr")
+    assert two.high == pytest.approx(0.45 + mean_and_interval([0.4, 0.5])[1])
+
+
 def test_a_series_leaves_out_what_was_not_measured():
     rows = [{"target_sparsity": 0.5, "accuracy": one} for one in (0.1, None, 0.3)]
     rows += [{"target_sparsity": 0.2, "accuracy": 0.4}, {"target_sparsity": 0.9, "accuracy": None}]
@@ -116,6 +134,16 @@ def test_an_unfinished_run_is_named_and_left_out(tmp_path, files):
     )
     page = build_overview(tmp_path / "runs", tmp_path / "out").read_text()
     assert f"1 of {len(runs)} runs didn’t finish and is left out: {runs[0].name}" in page
+
+
+def test_of_many_unfinished_runs_a_few_are_named(tmp_path, files):
+    runs = write_runs(tmp_path / "runs", files)
+    for run in runs[1:]:
+        path = run / "manifest.json"
+        path.write_text(path.read_text().replace('"report": {"status": "done"', '"report": {"status": "failed"'))
+    page = build_overview(tmp_path / "runs", tmp_path / "out").read_text()
+    assert f" and {len(runs) - 6} more, which <code>summary.csv</code> names." in page
+    assert sum(f"{run.name}," in page or f"{run.name} and" in page for run in runs[1:]) == 5
 
 
 @pytest.mark.parametrize(("file", "text"), [("eval.json", "{}"), ("manifest.json", "[1"), ("bench.json", "7")])

@@ -133,12 +133,7 @@ def sections(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[Plot]]]:
         "The fine-tune, as each run measured it; several runs may have shared the machine. Resumed ones are left out.",
     )
     yield "throughput", "Throughput against sparsity", speed
-    cost = _plot(
-        cost_plot(rows, "cost"),
-        "Difference in accuracy between sparse-to-dense and sparse-to-sparse against sparsity",
-        "Below zero: training through the mask was the better way. Pairs of runs that differ in the mode alone.",
-    )
-    yield "cost", "What sparse-to-dense costs", cost
+    yield "cost", "What sparse-to-dense costs", [*_costs(rows)]
 
 
 def _plot(svg: str | None, alt: str, caption: str) -> list[Plot]:
@@ -179,13 +174,25 @@ def _fronts(rows: Sequence[Row]) -> Iterable[Plot]:
             yield from _plot(pareto_plot(group, _name("p", f"{model} {task} {speed}"), speed), text, caption)
 
 
+def _costs(rows: Sequence[Row]) -> Iterable[Plot]:
+    for (model, task), group in grouped(rows, "model", "task").items():
+        text = f"Accuracy on {task} of sparse-to-dense minus that of sparse-to-sparse, against sparsity"
+        caption = f"{task}, {model}. Below zero: training through the mask was the better way. Pairs of runs that "
+        caption += "differ in the mode alone."
+        yield from _plot(cost_plot(group, _name("c", f"{model} {task}")), text, caption)
+
+
 def _way(rows: Sequence[Row]) -> str:
     """How the accuracies of a plot were measured, and over how many seeds."""
     row = next((row for row in rows if row["accuracy"] is not None), None)
     if row is None:
         return ""
     seeds = {one["seed"] for one in rows}
-    band = f"bands: 95% confidence over {len(seeds)} seeds" if len(seeds) > 1 else "one seed, so no band"
+    band = (
+        f"bands: 95% confidence over {len(seeds)} seeds"
+        if len(seeds) > 1
+        else "one seed; whiskers: 95% by its examples alone"
+    )
     shots = f"{row['num_fewshot']}-shot, {row['metric'].replace(',', ', ')}"
     return f"{row['split'].capitalize()} split, {counted(row['examples'], 'example')}, {shots}; {band}."
 

@@ -8,16 +8,17 @@ from typing import Any
 Row = Mapping[str, Any]
 # Two-sided 95% quantiles of Student's t, by degrees of freedom; beyond 30 the normal one is within 2%.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+NORMAL95 = 1.96
 T95_MORE = {20: 2.131, 30: 2.086}  # the larger of what lies between, so that no interval is too short
 
 
 @dataclass(frozen=True)
 class Point:
-    """A mean over seeds at one sparsity."""
+    """A mean over seeds at one sparsity, with its 95% confidence interval: over the seeds, if there are several."""
 
     x: float
     mean: float
-    low: float | None  # 95% confidence interval of the mean over seeds; None for one seed
+    low: float | None  # for one seed by its examples alone; None where there is no standard error
     high: float | None
     seeds: int
 
@@ -54,17 +55,32 @@ def student(freedom: int) -> float:
     return 2.042
 
 
-def series(rows: Iterable[Row], value: str | Callable[[Row], float | None], x: str = "target_sparsity") -> list[Point]:
-    """Points by rising x, each over the rows that have a value there."""
+def series(
+    rows: Iterable[Row],
+    value: str | Callable[[Row], float | None],
+    x: str = "target_sparsity",
+    error: str | None = None,
+) -> list[Point]:
+    """Points by rising x, each over the rows that have a value there.
+
+    Args:
+        rows: the runs.
+        value: what is averaged, a field or a function of a row.
+        x: the field of the places.
+        error: the field of a value's own standard error, which stands in where one seed has none over seeds.
+    """
     measure = (lambda row: row.get(value)) if isinstance(value, str) else value
-    found: dict[float, list[float]] = {}
+    found: dict[float, list[tuple[float, float | None]]] = {}
     for row in rows:
         measured = measure(row)
         if measured is not None and row.get(x) is not None:
-            found.setdefault(float(row[x]), []).append(float(measured))
+            found.setdefault(float(row[x]), []).append((float(measured), row.get(error) if error else None))
     points = []
     for place in sorted(found):
-        mean, half = mean_and_interval(found[place])
+        mean, half = mean_and_interval([measured for measured, _ in found[place]])
+        own = found[place][0][1]
+        if half is None and own is not None:
+            half = NORMAL95 * own
         low, high = (None, None) if half is None else (mean - half, mean + half)
         points.append(Point(place, mean, low, high, len(found[place])))
     return points
@@ -127,10 +143,17 @@ def merge_costs(rows: Iterable[Row]) -> list[dict[str, Any]]:
     return found
 
 
-def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Points that no other beats in both values (larger is better in both), by rising first value."""
+def front(points: Iterable[tuple[float, float]], tolerance: float = 0.0) -> list[tuple[float, float]]:
+    """Points that no other beats in both values (larger is better in both), by rising first value.
+
+    Args:
+        points: pairs of values.
+        tolerance: share by which first values may differ and still count as equal.
+    """
     kept: list[tuple[float, float]] = []
-    for x, y in sorted(set(points), reverse=True):
-        if not kept or y > kept[-1][1]:
+    ordered = sorted(set(points), reverse=True)
+    for x, y in ordered:
+        better = any(other > y and place >= x * (1 - tolerance) for place, other in ordered)
+        if not better and (not kept or y > kept[-1][1]):
             kept.append((x, y))
     return kept[::-1]

@@ -9,6 +9,7 @@ from phoenix_sparse.report.series import Point, Row, by_merge, front, grouped, k
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)), (0, (3, 1)))
 COLORS = (ACCENT, INK, SECOND, MUTED)
+SAME_SPEED = 0.01  # share by which speeds may differ and count as one: masks hit their sparsity to a weight a layer
 LEGEND: Mapping[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "borderaxespad": 0.2, "handlelength": 3.2}
 
 
@@ -27,11 +28,25 @@ def _look(index: int) -> dict[str, Any]:
 
 
 def _draw(axes: Any, points: Sequence[Point], label: str, index: int, factor: float = 1.0) -> None:
-    """A line of means, with a band where there are intervals."""
-    x = [100 * point.x for point in points]
-    axes.plot(x, [factor * point.mean for point in points], label=label, **_look(index))
+    """A line of means; with a band where there are intervals over seeds, and whiskers where those of one seed are."""
+    axes.plot(
+        [100 * point.x for point in points], [factor * point.mean for point in points], label=label, **_look(index)
+    )
     band = [point for point in points if point.low is not None]
-    if band:
+    if band and all(point.seeds == 1 for point in band):
+        half = [factor * (point.high - point.mean) for point in band if point.high is not None]
+        means, color = [factor * point.mean for point in band], COLORS[index % len(COLORS)]
+        axes.errorbar(
+            [100 * point.x for point in band],
+            means,
+            half,
+            fmt="none",
+            ecolor=color,
+            elinewidth=0.8,
+            capsize=2,
+            alpha=0.55,
+        )
+    elif band:
         axes.fill_between(
             [100 * point.x for point in band],
             [factor * point.low for point in band if point.low is not None],
@@ -55,7 +70,7 @@ def _from_zero(axes: Any, at_least: float = 0.0) -> None:
 
 def method_plot(rows: Sequence[Row], name: str, title: str) -> str | None:
     """Accuracy against sparsity, one line for each method; the dense baselines as level lines."""
-    lines = {method[0]: series(group, "accuracy") for method, group in grouped(rows, "method").items()}
+    lines = {method[0]: series(group, "accuracy", error="stderr") for method, group in grouped(rows, "method").items()}
     return _accuracy_plot({key: points for key, points in lines.items() if points}, rows, name, title)
 
 
@@ -63,8 +78,8 @@ def mode_plot(rows: Sequence[Row], name: str, title: str) -> str | None:
     """Accuracy against sparsity of one method: each way of merging, and the pruned model before any tuning."""
     lines: dict[str, list[Point]] = {}
     for row_kind, group in by_merge(rows).items():
-        lines[row_kind] = series(group, "accuracy")
-    lines["pruned, untuned"] = series(_once(rows, "accuracy_pruned"), "accuracy_pruned")
+        lines[row_kind] = series(group, "accuracy", error="stderr")
+    lines["pruned, untuned"] = series(_once(rows, "accuracy_pruned"), "accuracy_pruned", error="stderr_pruned")
     return _accuracy_plot({key: points for key, points in lines.items() if points}, rows, name, title)
 
 
@@ -159,11 +174,10 @@ def training_plot(rows: Sequence[Row], name: str) -> str | None:
 
 
 def cost_plot(rows: Sequence[Row], name: str) -> str | None:
-    """Accuracy of sparse-to-dense minus that of sparse-to-sparse, by task and method."""
-    costs = merge_costs(rows)
+    """Accuracy of sparse-to-dense minus that of sparse-to-sparse, by method; rows of one model and task."""
     lines = {
-        f"{task}, {method}" + (f" ({merge.partition(', ')[2]})" if merge else ""): series(group, "difference")
-        for (task, method, merge), group in grouped(costs, "task", "method", "merge").items()
+        method + (f" ({merge.partition(', ')[2]})" if merge else ""): series(group, "difference")
+        for (method, merge), group in grouped(merge_costs(rows), "method", "merge").items()
     }
     return _plain(lines, name, "sparse-to-dense minus\nsparse-to-sparse, points", 100, zero=True)
 
@@ -194,7 +208,7 @@ def pareto_plot(rows: Sequence[Row], name: str, speed: str) -> str | None:
 
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(3.2 + 0.17 * len(found))
-        best = front([(x, y) for points in found.values() for x, y, _ in points])
+        best = front([(x, y) for points in found.values() for x, y, _ in points], SAME_SPEED)
         axes.plot([x for x, _ in best], [y for _, y in best], color=MUTED, linewidth=1.2, label="front")
         for index, (method, points) in enumerate(found.items()):
             look = _look(index) | {"linestyle": "none"}
