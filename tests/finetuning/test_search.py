@@ -54,10 +54,21 @@ def test_searching_finds_better_than_the_heuristic(tmp_path):
 
 
 def test_the_choice_is_the_best_and_the_smallest_of_equals(tmp_path):
-    record = run(tmp_path, evaluate=lambda ranks: Score(0.5, None), hill_climb=5)
+    record = run(tmp_path, evaluate=lambda ranks: Score(0.5, None), hill_climb=5, margin=0)
     chosen = record["candidates"][record["choice"]]
     assert chosen["parameters"] == min(candidate["parameters"] for candidate in record["candidates"])
     assert chosen["origin"] == "smallest"
+
+
+@pytest.mark.parametrize(("stderr", "origin"), [(0.01, "smallest"), (0.03, "median"), (None, "smallest")])
+def test_the_median_is_left_only_for_a_lead_beyond_noise(tmp_path, stderr, origin):
+    def score(ranks):
+        return Score(0.52 if set(ranks.values()) == {2} else 0.5, stderr)
+
+    record = run(tmp_path, evaluate=score, hill_climb=0)
+    assert record["candidates"][record["choice"]]["origin"] == origin
+    level = run(tmp_path / "level", evaluate=lambda ranks: Score(0.5, stderr), hill_climb=5)
+    assert level["choice"] == 0
 
 
 def test_the_front_is_what_nothing_dominates(tmp_path):

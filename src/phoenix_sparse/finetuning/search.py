@@ -19,7 +19,10 @@ from phoenix_sparse.finetuning.journal import Journal, key_of
 from phoenix_sparse.finetuning.settings import SearchSettings
 from phoenix_sparse.progress import Progress
 
-RULE = "highest validation accuracy; among equals the fewest adapter parameters, then the first tried"
+RULE = (
+    "highest validation accuracy, among equals the fewest adapter parameters, then the first tried; "
+    "the median, unless that leads it by more than search.margin standard errors"
+)
 
 
 class Score(NamedTuple):
@@ -91,6 +94,15 @@ class Candidates:
     def best(self) -> dict[str, Any]:
         return min(self.tried, key=lambda c: (-c["accuracy"], c["parameters"], c["id"]))
 
+    def chosen(self, margin: float) -> dict[str, Any]:
+        """The best one if it leads the median by more than so many of the median's standard errors, else the median.
+
+        The best of many noisy scores is high by chance; on another split it falls back (the winner's curse).
+        """
+        median, best = self.tried[0], self.best()
+        lead = best["accuracy"] - median["accuracy"]
+        return best if margin == 0 or lead > margin * (median["stderr"] or 0.0) else median
+
     def front(self) -> list[int]:
         """The ids of candidates that no other beats in accuracy without having more parameters."""
         return [one["id"] for one in self.tried if not any(_dominates(other, one) for other in self.tried)]
@@ -150,7 +162,7 @@ def search(
         "budget": budget,
         "candidates": candidates.tried,
         "front": candidates.front(),
-        "choice": candidates.best()["id"],
+        "choice": candidates.chosen(settings.margin)["id"],
         "rule": RULE,
     }
     if pooled:

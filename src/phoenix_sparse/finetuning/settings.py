@@ -148,6 +148,12 @@ class SearchSettings(Settings):
     nsga2: int = Field(0, ge=0, description="evaluations for Optuna's NSGA-II over (accuracy, adapter parameters)")
     population: int = Field(8, ge=2, description="NSGA-II's population")
     examples: int = Field(200, ge=1, description="validation examples to evaluate on, at most")
+    margin: float = Field(
+        1.0,
+        ge=0,
+        description="standard errors of the validation accuracy by which a sub-adapter must lead the median to be "
+        "chosen; 0 takes the most accurate",
+    )
     neighbours: int = Field(
         1, ge=1, description="evaluated before hill climbing moves to the best of them; several processes share them"
     )
