@@ -2,12 +2,15 @@
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
+from phoenix_sparse import cli
 from tiny import make_model
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -75,3 +78,40 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("real data is not at hand")
     return SHARED
+
+
+@pytest.fixture
+def phx(monkeypatch, capsys):
+    """Run a command in this process; give its exit code, what it said, and the lines on stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, list[str]]:
+        monkeypatch.setattr(sys, "argv", ["phx", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        said = capsys.readouterr()
+        return int(caught.value.code or 0), said.out, said.err.splitlines()
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory, model_directory, task_directory) -> Path:
+    """The steps on files, one after the other."""
+    out = tmp_path_factory.mktemp("chain")
+    runner = CliRunner()
+
+    def call(*arguments: object) -> None:
+        result = runner.invoke(cli.app, [str(argument) for argument in arguments])
+        assert result.exit_code == 0, result
+        assert result.exception is None
+
+    task = ("--task", task_directory, "--out", out)
+    masks = ("--masks", out / "masks.safetensors")
+    few = ("calibration.samples=4", "calibration.length=16")
+    call("prune", model_directory, "--sparsity", 0.6, *task, *few)
+    tuning = ("ranks=[4, 2]", "max_steps=4", "batch_size=8", "max_length=32", "learning_rate=0.01")
+    call("tune", out / "sparse", *masks, *task, *tuning)
+    call("search", out / "sparse", *masks, *task, "--adapter", out / "adapter/super", "hill_climb=1")
+    call("merge", out / "sparse", *masks, *task, "--adapter", out / "adapter/chosen")
+    return out

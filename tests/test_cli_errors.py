@@ -1,0 +1,318 @@
+"""One line for whatever is wrong, exit code 2, and nothing left behind."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from phoenix_sparse.files import read_json
+from phoenix_sparse.masks import load_mask, save_mask
+
+
+@pytest.fixture
+def broken(tmp_path, chain, model_directory, task_directory) -> Path:
+    """Everything that can be wrong with an input, each in a place of its own."""
+    torch.manual_seed(0)
+    for name in ("nan", "truncated", "config", "missing"):
+        shutil.copytree(model_directory, tmp_path / name)
+    weights = load_file(model_directory / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(weights, tmp_path / "nan/model.safetensors", metadata={"format": "pt"})
+    whole = (model_directory / "model.safetensors").read_bytes()
+    (tmp_path / "truncated/model.safetensors").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "config/config.json").write_text("{")
+    (tmp_path / "missing/model.safetensors").unlink()
+    masks, _ = load_mask(chain / "masks.safetensors")
+    save_mask({name: mask for name, mask in masks.items() if "layers.1" not in name}, tmp_path / "fewer.safetensors")
+    save_mask({name: mask.t().contiguous() for name, mask in masks.items()}, tmp_path / "turned.safetensors")
+    save_mask({f"other.{name}": mask for name, mask in masks.items()}, tmp_path / "others.safetensors")
+    flipped = {name: ~mask for name, mask in masks.items()}
+    save_mask(flipped, tmp_path / "flipped.safetensors")
+    packed = (chain / "masks.safetensors").read_bytes()
+    (tmp_path / "half.safetensors").write_bytes(packed[: len(packed) // 2])
+    for name in ("empty", "nan_row", "field", "no_yaml", "key"):
+        shutil.copytree(task_directory, tmp_path / f"task_{name}")
+    (tmp_path / "task_empty/train.jsonl").write_text("")
+    (tmp_path / "task_nan_row/test.jsonl").write_text('{"question": "1+1", "answer": NaN}\n')
+    (tmp_path / "task_field/train.jsonl").write_text('{"question": "1+1"}\n')
+    (tmp_path / "task_no_yaml/task.yaml").unlink()
+    text = (task_directory / "task.yaml").read_text()
+    (tmp_path / "task_key/task.yaml").write_text(text.replace("doc_to_target", "doc_to_targt"))
+    (tmp_path / "file").write_text("a file")
+    return tmp_path
+
+
+BAD = {
+    # models
+    "no model": ("prune {b}/nowhere --task {task}", "nowhere is not a directory; give a Hugging Face model directory"),
+    "no weights": ("prune {b}/missing --task {task}", "has no model.safetensors; only safetensors weights are read"),
+    "no config": ("prune {b}/config --task {task}", "not a model configuration"),
+    "NaN": ("prune {b}/nan --task {task}", "model.layers.1.mlp.up_proj.weight has 1 weights that are NaN or infinite"),
+    "half a model": ("prune {b}/truncated --task {task}", "the weights can't be loaded"),
+    "NaN, evaluated": ("eval {b}/nan --task {task}", "NaN or infinite"),
+    # masks
+    "half a mask": ("validate {model} --masks {b}/half.safetensors", "is damaged or truncated"),
+    "no masks": ("validate {model} --masks {b}/none.safetensors", "is not a file; give a mask file that pruning wrote"),
+    "weights for masks": ("validate {model} --masks {model}/model.safetensors", "is not the bytes of a mask"),
+    "fewer masks": ("tune {sparse} --task {task} --masks {b}/fewer.safetensors", "no mask for model.layers.1."),
+    "turned masks": ("tune {sparse} --task {task} --masks {b}/turned.safetensors", "and the model's weight ("),
+    "other masks": (
+        "tune {sparse} --task {task} --masks {b}/others.safetensors",
+        "is no prunable linear of this model",
+    ),
+    "other masks, merged": (
+        "merge {sparse} --adapter {chain}/adapter/chosen --masks {b}/flipped.safetensors",
+        "was trained through other masks than these",
+    ),
+    "other masks, counted": ("flops {model} --masks {b}/others.safetensors", "the model has no linear named 'other."),
+    "masks forgotten": ("tune {sparse} --task {task}", "give --masks, or mode=sparse_to_dense"),
+    "masks forgotten in search": (
+        "search {sparse} --adapter {chain}/adapter/super --task {task}",
+        "was trained through masks; give its masks.safetensors",
+    ),
+    # adapters
+    "no adapter": ("search {sparse} --adapter {b}/none --task {task} --masks {masks}", "No such file"),
+    "no super-adapter": (
+        "search {sparse} --adapter {chain}/adapter/chosen --task {task} --masks {masks}",
+        "is no super-adapter; give the one that fine-tuning wrote",
+    ),
+    # tasks
+    "no task": ("prune {model} --task nothing", "'nothing' is neither built in ("),
+    "no task.yaml": ("prune {model} --task {b}/task_no_yaml", "has no task.yaml"),
+    "no data": ("prune {model} --task gsm8k --data {b}/none", "is not a folder; it should hold <split>.jsonl"),
+    "empty data": ("prune {model} --task {b}/task_empty", "train.jsonl: the file is empty"),
+    "NaN in data": (
+        "eval {model} --task {b}/task_nan_row",
+        "test.jsonl:1: not a JSON object (NaN is not a JSON number)",
+    ),
+    "a field missing": ("prune {model} --task {b}/task_field", "train.jsonl:1: the field 'answer'"),
+    "a key wrong": ("prune {model} --task {b}/task_key", "task.yaml: "),
+    "no text": ("prune {model}", "wanda needs text to calibrate on; give --task, or calibration.source=text"),
+    # settings
+    "all zeros": ("prune {model} --task {task} --sparsity 1.0", "sparsity=1.0 should be less than 1"),
+    "all zeros by key": ("prune {model} --task {task} sparsity=1", "sparsity=1 should be less than 1"),
+    "no such setting": ("prune {model} --task {task} sparsty=0.5", "sparsty is no field; did you mean sparsity?"),
+    "no setting": ("tune {sparse} --task {task} --masks {masks} ranks", "'ranks' is not key=value"),
+    "no such target": (
+        "tune {sparse} --task {task} --masks {masks} targets=[nothing]",
+        "no linear is called nothing; there are down_proj",
+    ),
+    "no such dtype": ("prune {model} --task {task} --dtype int8", "dtype='int8' should be 'auto', 'float32'"),
+    "no such device": ("prune {model} --task {task} --device tpu", "device='tpu' should be 'auto', 'cpu' or 'cuda'"),
+    "nothing to evaluate on": (
+        "eval {model} --task {task} --limit 0",
+        "--limit is 0; it should be 1 or more",
+    ),
+    "no tokens": ("flops {model} --prompt-length 0", "prompt_length=0 should be greater than or equal to 1"),
+    "too short a text": (
+        "prune {model} calibration.source=text calibration.text={b}/file calibration.length=64",
+        "7 tokens are less than one sequence of 64",
+    ),
+    "no such text": (
+        "prune {model} calibration.source=text calibration.text={b}/none",
+        "calibration.text: {b}/none can't be read",
+    ),
+    "no gradients": ("prune {model} importance=taylor", "taylor needs the gradients of a task's loss; give --task"),
+    "no text for an update": (
+        "prune {model} importance=magnitude update=alps",
+        "alps needs text to calibrate on; give --task",
+    ),
+    "no text for an allocation": ("prune {model} importance=random allocation=owl", "owl needs text to calibrate on"),
+    "a pattern that does not divide": (
+        "prune {model} importance=magnitude pattern=7x1",
+        "7x1 does not divide model.layers.0.self_attn.q_proj, 32x32",
+    ),
+    # masks at several levels
+    "a level of ones": ("prune {model} --sparsity 0.5 1.5 0.7", "prune: sparsity=1.5 should be less than 1"),
+    "a negative level": (
+        "prune {model} --sparsity 0.5 -0.5",
+        "prune: sparsity=-0.5 should be greater than or equal to 0",
+    ),
+    "a level twice": ("prune {model} --sparsity 0.5 .50 importance=random", "gives one level twice (0.5, 0.5)"),
+    "levels and a sparsity": ("prune {model} --sparsity 0.5 0.7 sparsity=0.6", "the sparsity is set twice"),
+    "no such method": (
+        "prune {model} --method hopeful",
+        "method='hopeful' should be 'unstructured', 'structured' or 'random'",
+    ),
+    "no such format": ("prune {model} --format exe", "format='exe' should be 'pt', 'npz' or 'safetensors'"),
+    "no such importance": ("prune {model} --sparsity 0.5 0.7 --importance luck", "'luck' is not known; use one of"),
+    "an importance by lot": (
+        "prune {model} --method random --importance ria",
+        "draws by lot; leave the importance out",
+    ),
+    "an update at levels": (
+        "prune {model} --plot update=dsnot",
+        "update prunes a model, at one level; leave out --method",
+    ),
+    "no text for levels": ("prune {model} --plot", "wanda needs text to calibrate on; give --task"),
+    "no gradients for levels": ("prune {model} --plot --importance gradient", "give --task"),
+    "no such text for levels": (
+        "prune {model} --plot calibration.source=text calibration.text={b}/none",
+        "calibration.text: {b}/none can't be read",
+    ),
+    "no text for an update alone": (
+        "prune {model} update=sparsegpt",
+        "sparsegpt needs text to calibrate on; give --task",
+    ),
+    "a list that is too short": (
+        "prune {model} --importance magnitude allocation=[0.5]",
+        "1 values for 2 decoder blocks; give one value per block",
+    ),
+    "a group of structures": ("prune {model} --method structured group=row", "the pattern structured has its own"),
+    "no model for levels": ("prune {b}/nowhere --method random", "nowhere is not a directory"),
+    "NaN for levels": ("prune {b}/nan --method random", "model.layers.1.mlp.up_proj.weight has 1 weights that are NaN"),
+    "out of reach": (
+        "prune {model} --method structured --sparsity 0.3 0.99 importance=magnitude",
+        "a sparsity of 0.99 can't be reached",
+    ),
+    # comparisons
+    "no task to compare on": ("prune {model} --compare wanda", "--compare fine-tunes on a task; give --task"),
+    "no such spec": (
+        "prune {model} --task {task} --compare wanda magnitude+luck",
+        "'luck' in 'magnitude+luck' is no importance (",
+    ),
+    "one spec twice": (
+        "prune {model} --task {task} --compare owl ria wanda+owl",
+        "'owl' and 'wanda+owl' are the same; leave one out",
+    ),
+    "specs at levels": (
+        "prune {model} --task {task} --compare wanda --sparsity 0.5 0.7",
+        "is at one sparsity; give one",
+    ),
+    "specs with a method": (
+        "prune {model} --task {task} --compare wanda --method random",
+        "--compare takes no --importance, --method, --format or --plot",
+    ),
+    "a pattern of another sparsity": (
+        "prune {model} --task {task} --sparsity 0.7 --compare wanda 2:4",
+        "compare: 2:4: sparsify.pattern: 2:4 is sparsity 0.5",
+    ),
+    "no such setting to compare with": (
+        "prune {model} --task {task} --compare wanda finetune.epoch=1",
+        "finetune.epoch is no field; did you mean finetune.epochs?",
+    ),
+    "no model to compare": ("prune {b}/nowhere --task {task} --compare wanda", "nowhere is not a directory"),
+    "no such device to compare on": (
+        "prune {model} --task {task} --compare wanda --device tpu",
+        "device='tpu' should be 'auto', 'cpu' or 'cuda'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("command", "words"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(
+    phx, tmp_path, broken, chain, model_directory, task_directory, command, words
+):
+    places = {"b": broken, "chain": chain, "sparse": chain / "sparse", "masks": chain / "masks.safetensors"}
+    places |= {"model": model_directory, "task": task_directory}
+    arguments = command.format(**places).split()
+    out = tmp_path / "out"
+    out.mkdir()
+    target = out / "layers.json" if arguments[0] == "validate" else out
+    code, said, errors = phx(*arguments, "--out", target)
+    assert len(errors) == 1, errors
+    assert errors[0].startswith("phx: ")
+    assert words.format(**places) in errors[0]
+    assert (code, said) == (2, "")
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["prune {model} --task {task}", "eval {model} --task {task}", "flops {model}"])
+def test_a_place_that_can_not_be_written_is_told_first(phx, broken, model_directory, task_directory, command):
+    arguments = command.format(model=model_directory, task=task_directory).split()
+    for out in ("file", "file/inner/most"):
+        code, _, errors = phx(*arguments, "--out", broken / out)
+        assert (code, errors) == (2, [f"phx: --out: {broken / 'file'} is not a directory"])
+    assert (broken / "file").read_text() == "a file"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_place_without_permission_is_told_first(phx, tmp_path, model_directory, task_directory):
+    tmp_path.chmod(0o500)
+    code, _, errors = phx("prune", model_directory, "--task", task_directory, "--out", tmp_path / "out")
+    tmp_path.chmod(0o700)
+    assert (code, len(errors)) == (2, 1)
+    assert "can't be written to" in errors[0]
+
+
+@pytest.fixture
+def little_disk(tmp_path):
+    """A directory with room for the masks and not for the model."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting isn't permitted here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("step", ["prune", "tune", "merge", "run"])
+def test_a_full_disk_is_one_line_and_leaves_no_half(
+    phx, little_disk, chain, tmp_path, model_directory, task_directory, step
+):
+    filler = little_disk / "filler"
+    filler.write_bytes(bytes({"prune": 60_000, "tune": 124_000, "merge": 60_000, "run": 50_000}[step]))
+    out = little_disk / "out"
+    masks = ("--masks", chain / "masks.safetensors")
+    recipe = tmp_path / "recipe.yaml"
+    values = {"name": "a", "model": str(model_directory), "task": str(task_directory)}
+    recipe.write_text(json.dumps(values | {"sparsify": {"calibration": {"samples": 2, "length": 16}}}))
+    commands = {
+        "prune": ("prune", model_directory, "importance=magnitude", "--out", out),
+        "tune": ("tune", chain / "sparse", *masks, "--task", task_directory, "max_steps=1", "--out", out),
+        "merge": ("merge", chain / "sparse", *masks, "--adapter", chain / "adapter/chosen", "--out", out),
+        "run": ("run", recipe, "--out", out),
+    }
+    code, _, errors = phx(*commands[step])
+    assert code == 2
+    assert [line for line in errors if line.startswith("phx: ")] == errors[-1:]
+    assert "the disk is full; free some space, then run the same again" in errors[-1]
+    assert "Traceback" not in "".join(errors)
+    left = list(out.rglob("*"))
+    assert not [path for path in left if path.suffix == ".tmp"]
+    assert not (out / "sparse").exists()
+    assert not (out / "merged").exists()
+    filler.unlink()
+    for path in left:  # what is there is whole
+        if path.suffix == ".json":
+            read_json(path)
+
+
+def test_a_bad_recipe_or_override_makes_no_run(phx, tmp_path, monkeypatch, model_directory, task_directory):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text("name: [\n")
+    good = {"name": "good", "model": str(model_directory), "task": str(task_directory)}
+    (tmp_path / "good.yaml").write_text(json.dumps(good))
+    for command in ("run", "plan"):
+        for arguments, words in (
+            (["bad.yaml"], "bad.yaml is not YAML"),
+            (["none.yaml"], "none.yaml can't be read (FileNotFoundError); give a YAML file"),
+            (["good.yaml", "sparsify.sparsity=1"], "good.yaml: sparsify.sparsity=1 should be less than 1"),
+            (["good.yaml", "finetune.epoch=1"], "did you mean finetune.epochs?"),
+            (["good.yaml", "nonsense"], "'nonsense' is not key=value"),
+            (["good.yaml", "model=./nowhere"], "./nowhere is not a directory"),
+        ):
+            code, said, errors = phx(command, *arguments)
+            assert (code, said, len(errors)) == (2, "", 1), errors
+            assert errors[0].startswith("phx: ")
+            assert words in errors[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.yaml", "good.yaml"]
+
+
+def test_in_a_process_of_its_own(broken, model_directory, task_directory, tmp_path):
+    """What libraries say when they are imported counts, too: stderr is one line and the exit code the shell's."""
+    command = [sys.executable, "-m", "phoenix_sparse.cli", "prune", str(broken / "nan"), "--task", str(task_directory)]
+    done = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("phx: ")
+    assert "NaN or infinite" in done.stderr
+    assert not (tmp_path / "out").exists()
