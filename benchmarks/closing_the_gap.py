@@ -146,7 +146,7 @@ def run(args: argparse.Namespace, cell: Cell, recipe: Recipe) -> Row:
     tune, certificate = read_json(out / "tune.json"), read_json(out / "certificate.json")
     row: Row = {
         **{"method": method, "sparsity": sparsity, "seed": seed, "recipe": values},
-        **accuracy_in(out),
+        **accuracy_in(out / "baselines" / "dense_lora" if method == TEACHER else out),
         "baselines": {path.parent.name: accuracy_in(path.parent) for path in sorted(out.glob("baselines/*/eval.json"))},
         "seconds": time.time() - started,
         "training_seconds": tune["seconds"],

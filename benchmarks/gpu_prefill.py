@@ -121,16 +121,16 @@ def _variants(
     weights: dict[str, list[Any]], x: Tensor, algorithms: dict[str, semi_structured.Algorithm]
 ) -> dict[str, list[Launch]]:
     """Launches of each way to multiply, one for each copy of the weights."""
-    linear = torch.nn.functional.linear
+    linear, out = torch.nn.functional.linear, len(weights["dense"][0])
     ways: dict[str, tuple[str, Callable[[Any], Tensor]]] = {
         "dense": ("dense", lambda w: linear(x, w)),
         "expand": ("forms", lambda form: linear(x, expand(form))),
-        "semi": ("compressed", lambda c: semi_structured.multiply(x, c)),
+        "semi": ("compressed", lambda c: semi_structured.multiply(x, c, out)),
         "copied": ("compressed", lambda c: _turned(x, c).t().contiguous()),
         "turned": ("compressed", lambda c: _turned(x, c)),
     }
     for name, algorithm in algorithms.items():
-        ways[name] = ("compressed", lambda c, a=algorithm: semi_structured.multiply(x, c, None, a))
+        ways[name] = ("compressed", lambda c, a=algorithm: semi_structured.multiply(x, c, out, None, a))
     return {name: [lambda w=w, way=way: way(w) for w in weights[kind]] for name, (kind, way) in ways.items()}
 
 
@@ -217,15 +217,15 @@ def crossovers(rows: list[dict[str, Any]], way: str, factor: float, other: str =
     return found
 
 
-def can_record(compressed: Tensor, columns: int) -> str:
+def can_record(compressed: Tensor, out: int, columns: int) -> str:
     """Whether cuSPARSELt's product can be recorded in a CUDA graph, in words."""
     x = torch.randn(128, columns, device=DEVICE).to(compressed.dtype)
-    expected = semi_structured.multiply(x, compressed)
+    expected = semi_structured.multiply(x, compressed, out)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
-            y = semi_structured.multiply(x, compressed)
+            y = semi_structured.multiply(x, compressed, out)
         y.zero_()
         graph.replay()
         torch.cuda.synchronize()
@@ -369,7 +369,7 @@ def main() -> int:
         print()
         print_table([_model_cells(row) for row in models])
     sample = semi_structured.compress(torch.eye(64, device=DEVICE, dtype=torch.bfloat16))
-    recorded = can_record(sample, 64)  # last: what fails here may leave torch in disorder
+    recorded = can_record(sample, 64, 64)  # last: what fails here may leave torch in disorder
     seconds = time.perf_counter() - started
     print(f"cuSPARSELt in a CUDA graph: {recorded}; all in {seconds:.0f} s")
     if options.json is not None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -136,37 +137,51 @@ def one(
     """Run one cell of a sweep that is laid out, or go on with it: what the engine starts for each."""
     from phoenix_sparse import pipeline
     from phoenix_sparse.console import showing
+    from phoenix_sparse.report import build_report
     from phoenix_sparse.runs import MANIFEST
     from phoenix_sparse.sweep.places import Places
     from phoenix_sparse.sweep.running import cell_recipe, end_with, remove_models
     from phoenix_sparse.sweep.shared_work import sharing
+    from phoenix_sparse.sweep.status import is_complete
 
     signal.signal(signal.SIGTERM, _interrupt)
+    sys.unraisablehook = _again
     if parent := os.environ.get("PHOENIX_SWEEP_PARENT"):
         end_with(int(parent))
     places = Places(out)
     recipe = cell_recipe(places, name)
     directory = places.run(name)
     try:
-        with showing() as show:
-            pipeline.run(
-                recipe,
-                directory,
-                resume=(directory / MANIFEST).is_file(),
-                progress=show.progress,
-                announce=show.announce,
-                share=sharing(recipe, places.shared) if share else None,
-            )
+        if models or not is_complete(directory):  # one that ended while its models were removed has no more to do
+            with showing() as show:
+                pipeline.run(
+                    recipe,
+                    directory,
+                    resume=(directory / MANIFEST).is_file(),
+                    progress=show.progress,
+                    announce=show.announce,
+                    share=sharing(recipe, places.shared) if share else None,
+                )
+        if not models:
+            remove_models(directory)
+            build_report(directory)
     except KeyboardInterrupt:
         typer.echo("interrupted; `phx sweep resume` goes on from the last checkpoint", err=True)
         raise typer.Exit(130) from None
-    if not models:
-        remove_models(directory)
 
 
 def _interrupt(*_: Any) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what follows writes the manifest
     raise KeyboardInterrupt
+
+
+def _again(unraisable: Any) -> None:
+    """Interrupt once more where Python dropped it, which it does with what is raised while it frees an object."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        signal.signal(signal.SIGALRM, _interrupt)
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _directory(file: Path, overrides: list[str] | None, out: Path | None) -> Path:

@@ -60,15 +60,26 @@ def test_the_choice_is_the_best_and_the_smallest_of_equals(tmp_path):
     assert chosen["origin"] == "smallest"
 
 
-@pytest.mark.parametrize(("stderr", "origin"), [(0.01, "smallest"), (0.03, "median"), (None, "smallest")])
-def test_the_median_is_left_only_for_a_lead_beyond_noise(tmp_path, stderr, origin):
+@pytest.mark.parametrize(
+    ("stderr", "origin", "words"),
+    [
+        (0.01, "smallest", "it leads the median by 2.0 points, more than 1 standard errors (1.0)"),
+        (0.03, "median", "the median; candidate 2 leads it by 2.0 points, no more than 1 standard errors (3.0)"),
+        (None, "smallest", "more than 1 standard errors (0.0)"),
+    ],
+)
+def test_the_median_is_left_only_for_a_lead_beyond_noise(tmp_path, stderr, origin, words):
     def score(ranks):
         return Score(0.52 if set(ranks.values()) == {2} else 0.5, stderr)
 
     record = run(tmp_path, evaluate=score, hill_climb=0)
     assert record["candidates"][record["choice"]]["origin"] == origin
-    level = run(tmp_path / "level", evaluate=lambda ranks: Score(0.5, stderr), hill_climb=5)
-    assert level["choice"] == 0
+    assert words in record["rule"]
+
+
+def test_a_single_hit_where_the_median_has_none_is_noise(tmp_path):
+    record = run(tmp_path, evaluate=lambda ranks: Score(0.01 * (set(ranks.values()) == {2}), 0.01), hill_climb=0)
+    assert record["choice"] == 0
 
 
 def test_the_front_is_what_nothing_dominates(tmp_path):

@@ -17,7 +17,16 @@ from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.report.overview import PAGE, PUBLISHED, SUMMARY, build_overview
 from phoenix_sparse.report.published import FIGURES, beside
 from phoenix_sparse.report.run_rows import find_runs, method_name, run_row
-from phoenix_sparse.report.series import counted, front, kind_of_merge, mean_and_interval, merge_costs, series, student
+from phoenix_sparse.report.series import (
+    counted,
+    front,
+    kind_of_merge,
+    mean_and_interval,
+    merge_costs,
+    series,
+    student,
+    wilson,
+)
 from phoenix_sparse.report.sweep_plots import flops_plot, method_plot
 
 
@@ -55,12 +64,22 @@ def test_on_the_front_no_point_is_beaten_by_one_of_about_its_own_speed(points):
         assert any((place > x and other >= y) or (place >= 0.9 * x and other > y) for place, other in points)
 
 
+@given(st.integers(1, 400), st.data())
+def test_the_interval_of_a_share_is_that_of_the_score_test(examples, data):
+    hits = data.draw(st.integers(0, examples))
+    low, high = wilson(hits / examples, examples)
+    exact = stats.binomtest(hits, examples).proportion_ci(0.95, method="wilson")
+    assert (low, high) == (pytest.approx(exact.low, abs=1e-4), pytest.approx(exact.high, abs=1e-4))
+
+
 def test_one_seed_has_the_interval_of_its_examples_and_several_have_their_own():
-    rows = [{"target_sparsity": 0.5, "accuracy": 0.4, "stderr": 0.02}]
-    (one,) = series(rows, "accuracy", error="stderr")
-    assert (one.low, one.high) == (pytest.approx(0.4 - 1.96 * 0.02), pytest.approx(0.4 + 1.96 * 0.02))
-    (two,) = series([*rows, rows[0] | {"accuracy": 0.5}], "accuracy", error="stderr")
+    rows = [{"target_sparsity": 0.5, "accuracy": 0.4, "examples": 50}]
+    (one,) = series(rows, "accuracy", examples="examples")
+    assert (one.low, one.high) == wilson(0.4, 50)
+    more = [*rows, rows[0] | {"accuracy": 0.5}, rows[0] | {"target_sparsity": 0.7}]
+    two, other = series(more, "accuracy", examples="examples")
     assert two.high == pytest.approx(0.45 + mean_and_interval([0.4, 0.5])[1])
+    assert other.low is None  # no second kind of interval beside the first
 
 
 def test_a_series_leaves_out_what_was_not_measured():

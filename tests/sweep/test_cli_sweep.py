@@ -1,5 +1,7 @@
 """phx sweep, as a user calls it: exit codes and what is said."""
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -109,7 +111,30 @@ def test_a_run_whose_results_alone_are_kept_loses_its_models_and_stays_done(file
     assert {path.name for path in run.rglob("*.safetensors")} == {"masks.safetensors"}
     assert "1 done, 1 failed" in phx("sweep", "status", file).output
     assert (run / "eval.json").is_file()
+    assert "was removed" in (run / "README.md").read_text()
+    begun = json.loads((run / "manifest.json").read_text())["stages"]
+    (run / "merged").mkdir()
+    (run / "merged" / "config.json").write_text("{}")  # as if it had been killed before it removed this
+    assert phx("sweep", "one", "sweeps/mine", name, "--no-models").exit_code == 0
+    assert not (run / "merged").exists()
+    assert json.loads((run / "manifest.json").read_text())["stages"] == begun  # and nothing was done again
     assert list(Path("sweeps/mine/shared").rglob("model.safetensors"))  # which other runs may still want
     Path("sweeps/mine/mended").touch()
     assert phx("sweep", "resume", file, *quick, "keep=results").exit_code == 0
     assert not Path("sweeps/mine/shared").exists()  # nobody is left to want it
+
+
+def test_an_interrupt_that_python_drops_comes_again():
+    """What is raised while an object is freed is dropped; the run would go on to its end."""
+    code = (
+        "import signal, sys, time\n"
+        "from phoenix_sparse.cli_sweep import _again, _interrupt\n"
+        "signal.signal(signal.SIGTERM, _interrupt); sys.unraisablehook = _again\n"
+        "class Freed:\n"
+        "    def __del__(self): signal.raise_signal(signal.SIGTERM); time.sleep(0)\n"
+        "try:\n"
+        "    Freed(); print('dropped', flush=True); time.sleep(20)\n"
+        "except KeyboardInterrupt: sys.exit(130)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (130, "dropped\n"), done.stderr

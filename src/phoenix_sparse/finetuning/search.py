@@ -19,10 +19,7 @@ from phoenix_sparse.finetuning.journal import Journal, key_of
 from phoenix_sparse.finetuning.settings import SearchSettings
 from phoenix_sparse.progress import Progress
 
-RULE = (
-    "highest validation accuracy, among equals the fewest adapter parameters, then the first tried; "
-    "the median, unless that leads it by more than search.margin standard errors"
-)
+RULE = "highest validation accuracy, among equals the fewest adapter parameters, then the first tried"
 
 
 class Score(NamedTuple):
@@ -94,14 +91,20 @@ class Candidates:
     def best(self) -> dict[str, Any]:
         return min(self.tried, key=lambda c: (-c["accuracy"], c["parameters"], c["id"]))
 
-    def chosen(self, margin: float) -> dict[str, Any]:
-        """The best one if it leads the median by more than so many of the median's standard errors, else the median.
+    def chosen(self, margin: float) -> tuple[dict[str, Any], str]:
+        """The best one if it leads the median by more than so many standard errors, else the median; and why.
 
         The best of many noisy scores is high by chance; on another split it falls back (the winner's curse).
         """
         median, best = self.tried[0], self.best()
+        if margin == 0 or best is median:
+            return best, RULE
         lead = best["accuracy"] - median["accuracy"]
-        return best if margin == 0 or lead > margin * (median["stderr"] or 0.0) else median
+        noise = margin * max(one["stderr"] or 0.0 for one in (median, best))
+        size = f"{100 * lead:.1f} points, {{}} than {margin:g} standard errors ({100 * noise:.1f})"
+        if lead > noise:
+            return best, f"{RULE}; it leads the median by {size.format('more')}"
+        return median, f"the median; candidate {best['id']} leads it by {size.format('no more')}"
 
     def front(self) -> list[int]:
         """The ids of candidates that no other beats in accuracy without having more parameters."""
@@ -155,6 +158,7 @@ def search(
             candidates.score([smallest(of_layer)], "smallest")
         hill_climb(candidates, of_layer, settings, seed)
         nsga2(candidates, of_layer, settings, seed, journal.with_name("nsga2.log"))
+    choice, rule = candidates.chosen(settings.margin)
     record = {
         "space": {n: list(r) for n, r in of_layer.items()} if isinstance(space, Mapping) else list(space),
         "method": ", ".join(name for name, evaluations in methods.items() if evaluations),
@@ -162,8 +166,8 @@ def search(
         "budget": budget,
         "candidates": candidates.tried,
         "front": candidates.front(),
-        "choice": candidates.chosen(settings.margin)["id"],
-        "rule": RULE,
+        "choice": choice["id"],
+        "rule": rule,
     }
     if pooled:
         pairs = [(-one["loss"], one["accuracy"]) for one in candidates.tried]

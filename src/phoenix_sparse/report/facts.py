@@ -56,6 +56,7 @@ class Facts:
     certificate: Certificate | None
     flops: Flops | None
     has_merged_model: bool
+    merged_was_removed: bool  # it was made, and isn't there
 
     @property
     def sparsities(self) -> dict[str, float]:
@@ -106,6 +107,8 @@ def read_facts(run_directory: Path) -> Facts:
     search = _read(run_directory / "search.json", Search)
     if search is not None:
         _check_search(run_directory / "search.json", search)
+    has_merged_model = (run_directory / "merged" / "config.json").is_file()
+    merge = manifest.stages.get("merge")
     return Facts(
         manifest=manifest,
         recipe=_read_recipe(run_directory / "recipe.yaml"),
@@ -118,7 +121,8 @@ def read_facts(run_directory: Path) -> Facts:
         search=search,
         certificate=_read(run_directory / "certificate.json", Certificate),
         flops=_read(run_directory / "flops.json", Flops),
-        has_merged_model=(run_directory / "merged" / "config.json").is_file(),
+        has_merged_model=has_merged_model,
+        merged_was_removed=merge is not None and merge.status == "done" and not has_merged_model,
     )
 
 

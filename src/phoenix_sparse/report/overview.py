@@ -82,8 +82,14 @@ def build_overview(
     templates = environment(escape=True)
     templates.filters["counted"] = counted
     found = list(sections(done))
+    benched = any(row.get("decode_tokens_per_second") is not None for row in done)
     page = templates.get_template("overview.html.j2").render(
-        **shared, sections=found, accuracies=accuracy_table(done), costs=cost_table(done), hosts=hosts(done)
+        **shared,
+        benched=benched,
+        sections=found,
+        accuracies=accuracy_table(done),
+        costs=cost_table(done),
+        hosts=hosts(done),
     )
     write_text(
         out / PUBLISHED, templates.get_template("published.html.j2").render(**shared, figures=beside(done), talk=TALK)
@@ -127,11 +133,13 @@ def sections(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[Plot]]]:
         text = f"Measured tokens per second of {phase} against sparsity, dense and packed"
         caption = f"Inference, {what}: measured by phx bench, dense and packed in turns."
         speed += _plot(throughput_plot(rows, f"speed-{phase}", phase), text, caption)
-    speed += _plot(
-        training_plot(rows, "training"),
-        "Measured training tokens per second against sparsity",
-        "The fine-tune, as each run measured it; several runs may have shared the machine. Resumed ones are left out.",
-    )
+    for (model, task), group in grouped(rows, "model", "task").items():
+        text = f"Measured training tokens per second on {task} against sparsity"
+        caption = (
+            f"{task}, {model}. The fine-tune, as each run measured it, means over methods and seeds; several runs may "
+        )
+        caption += "have shared the machine. Resumed ones are left out."
+        speed += _plot(training_plot(group, _name("t", f"{model} {task}")), text, caption)
     yield "throughput", "Throughput against sparsity", speed
     yield "cost", "What sparse-to-dense costs", [*_costs(rows)]
 
@@ -178,7 +186,7 @@ def _costs(rows: Sequence[Row]) -> Iterable[Plot]:
     for (model, task), group in grouped(rows, "model", "task").items():
         text = f"Accuracy on {task} of sparse-to-dense minus that of sparse-to-sparse, against sparsity"
         caption = f"{task}, {model}. Below zero: training through the mask was the better way. Pairs of runs that "
-        caption += "differ in the mode alone."
+        caption += "differ in the mode alone; a difference has the errors of both."
         yield from _plot(cost_plot(group, _name("c", f"{model} {task}")), text, caption)
 
 

@@ -18,7 +18,7 @@ class Point:
 
     x: float
     mean: float
-    low: float | None  # for one seed by its examples alone; None where there is no standard error
+    low: float | None  # with one seed at every place by its examples alone; None where their number isn't known
     high: float | None
     seeds: int
 
@@ -59,7 +59,7 @@ def series(
     rows: Iterable[Row],
     value: str | Callable[[Row], float | None],
     x: str = "target_sparsity",
-    error: str | None = None,
+    examples: str | None = None,
 ) -> list[Point]:
     """Points by rising x, each over the rows that have a value there.
 
@@ -67,23 +67,32 @@ def series(
         rows: the runs.
         value: what is averaged, a field or a function of a row.
         x: the field of the places.
-        error: the field of a value's own standard error, which stands in where one seed has none over seeds.
+        examples: the field of the number of examples that a value is a share of. With one seed everywhere, intervals
+            are by them.
     """
     measure = (lambda row: row.get(value)) if isinstance(value, str) else value
     found: dict[float, list[tuple[float, float | None]]] = {}
     for row in rows:
         measured = measure(row)
         if measured is not None and row.get(x) is not None:
-            found.setdefault(float(row[x]), []).append((float(measured), row.get(error) if error else None))
+            found.setdefault(float(row[x]), []).append((float(measured), row.get(examples) if examples else None))
     points = []
+    alone = all(len(values) == 1 for values in found.values())
     for place in sorted(found):
         mean, half = mean_and_interval([measured for measured, _ in found[place]])
-        own = found[place][0][1]
-        if half is None and own is not None:
-            half = NORMAL95 * own
         low, high = (None, None) if half is None else (mean - half, mean + half)
+        if alone and (of := found[place][0][1]):
+            low, high = wilson(mean, int(of))
         points.append(Point(place, mean, low, high, len(found[place])))
     return points
+
+
+def wilson(share: float, examples: int) -> tuple[float, float]:
+    """The 95% interval of a share of so many examples (Wilson, 1927), which is right at 0 and 1, too."""
+    z2 = NORMAL95**2 / examples
+    middle = (share + z2 / 2) / (1 + z2)
+    half = math.sqrt(share * (1 - share) * z2 + z2 * z2 / 4) / (1 + z2)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def grouped(rows: Iterable[Row], *fields: str) -> dict[tuple[Any, ...], list[Row]]:

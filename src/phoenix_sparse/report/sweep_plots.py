@@ -1,6 +1,7 @@
 """Plots over many runs, inline SVG in the manner of `plots`. Methods differ in marker and line, not colour alone."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from phoenix_sparse.report.plots import ACCENT, INK, MUTED, PAPER, SECOND, STYLE, WIDTH, _figure, _svg
@@ -34,18 +35,11 @@ def _draw(axes: Any, points: Sequence[Point], label: str, index: int, factor: fl
     )
     band = [point for point in points if point.low is not None]
     if band and all(point.seeds == 1 for point in band):
-        half = [factor * (point.high - point.mean) for point in band if point.high is not None]
-        means, color = [factor * point.mean for point in band], COLORS[index % len(COLORS)]
-        axes.errorbar(
-            [100 * point.x for point in band],
-            means,
-            half,
-            fmt="none",
-            ecolor=color,
-            elinewidth=0.8,
-            capsize=2,
-            alpha=0.55,
-        )
+        below = [factor * (point.mean - point.low) for point in band if point.low is not None]
+        above = [factor * (point.high - point.mean) for point in band if point.high is not None]
+        look = {"ecolor": COLORS[index % len(COLORS)], "elinewidth": 0.8, "capsize": 2, "alpha": 0.55}
+        places = [100 * point.x for point in band]
+        axes.errorbar(places, [factor * point.mean for point in band], (below, above), fmt="none", **look)
     elif band:
         axes.fill_between(
             [100 * point.x for point in band],
@@ -70,7 +64,9 @@ def _from_zero(axes: Any, at_least: float = 0.0) -> None:
 
 def method_plot(rows: Sequence[Row], name: str, title: str) -> str | None:
     """Accuracy against sparsity, one line for each method; the dense baselines as level lines."""
-    lines = {method[0]: series(group, "accuracy", error="stderr") for method, group in grouped(rows, "method").items()}
+    lines = {
+        method[0]: series(group, "accuracy", examples="examples") for method, group in grouped(rows, "method").items()
+    }
     return _accuracy_plot({key: points for key, points in lines.items() if points}, rows, name, title)
 
 
@@ -78,8 +74,8 @@ def mode_plot(rows: Sequence[Row], name: str, title: str) -> str | None:
     """Accuracy against sparsity of one method: each way of merging, and the pruned model before any tuning."""
     lines: dict[str, list[Point]] = {}
     for row_kind, group in by_merge(rows).items():
-        lines[row_kind] = series(group, "accuracy", error="stderr")
-    lines["pruned, untuned"] = series(_once(rows, "accuracy_pruned"), "accuracy_pruned", error="stderr_pruned")
+        lines[row_kind] = series(group, "accuracy", examples="examples")
+    lines["pruned, untuned"] = series(_once(rows, "accuracy_pruned"), "accuracy_pruned", examples="examples")
     return _accuracy_plot({key: points for key, points in lines.items() if points}, rows, name, title)
 
 
@@ -166,11 +162,10 @@ def throughput_plot(rows: Sequence[Row], name: str, phase: str) -> str | None:
 
 
 def training_plot(rows: Sequence[Row], name: str) -> str | None:
-    """Tokens a second of the fine-tune, as the runs measured it."""
-    lines = {
-        f"{merge}{model}": series(group, "train_tokens_per_second") for merge, model, group in _by_merge_and_model(rows)
-    }
-    return _plain(lines, name, "training tokens a second")
+    """Tokens a second of the fine-tune, as the runs of one model and task measured it: means over methods and seeds."""
+    lines = {merge: series(group, "train_tokens_per_second") for merge, group in by_merge(rows).items()}
+    bare = {merge: [replace(point, low=None, high=None) for point in points] for merge, points in lines.items()}
+    return _plain(bare, name, "training tokens a second")
 
 
 def cost_plot(rows: Sequence[Row], name: str) -> str | None:

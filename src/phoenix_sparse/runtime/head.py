@@ -41,6 +41,9 @@ class Head(nn.Linear):
         """The kernels, if they have one for this x."""
         if torch.compiler.is_compiling() or x.device.type != "cpu" or self.weight.device.type != "cpu":
             return None
+        # What watches torch's operators doesn't see a kernel of ours: tracing, fake tensors, counters of FLOPs.
+        if type(x) is not Tensor or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+            return None
         if x.dtype != torch.bfloat16 or self.weight.dtype != torch.bfloat16 or not self.weight.is_contiguous():
             return None
         if not 1 <= x.numel() // self.in_features <= MOST or x.shape[-1] != self.in_features:

@@ -152,6 +152,7 @@ def _wait_for_runs(places: Places, jobs: Sequence[Job]) -> None:
     while any(tries and is_alive(tries[-1]) for tries in known) and time.monotonic() < deadline:
         time.sleep(0.5)
         known = [attempts(places.cell(job.name)) for job in jobs]
+    time.sleep(0.5)  # in which the last worker notes the end
 
 
 def _code(future: Any, places: Places, job: Job) -> int:

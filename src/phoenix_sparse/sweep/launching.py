@@ -93,9 +93,8 @@ def _attempt(job: Job, cell: Path, stop: Stop) -> int:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    note(
-        cell, "begun", attempt=number, pid=process.pid, worker=worker, gpu=environment(job).get("CUDA_VISIBLE_DEVICES")
-    )
+    facts = {"worker": worker, "gpu": environment(job).get("CUDA_VISIBLE_DEVICES"), "keep_models": job.keep_models}
+    note(cell, "begun", attempt=number, pid=process.pid, **facts)
     try:
         code = _wait(process, stop)
     except BaseException:  # this worker is told to end

@@ -18,7 +18,7 @@ from phoenix_sparse.sweep.engine_inline import run_inline
 from phoenix_sparse.sweep.engine_parsl import run_parsl
 from phoenix_sparse.sweep.launching import Job, Stop
 from phoenix_sparse.sweep.matrix import Sweep, read_yaml
-from phoenix_sparse.sweep.places import Places
+from phoenix_sparse.sweep.places import Places, attempts
 from phoenix_sparse.sweep.registry import write_registry
 from phoenix_sparse.sweep.status import Standing, standing, standings
 
@@ -84,6 +84,13 @@ def run_sweep(sweep: Sweep, out: Path, *, resume: bool, tell: Tell | None = None
         finally:
             found = standings(places, names)
             write_registry(places, sweep.cells, found)
+        for one in found:  # a run that was killed while it removed its models is done, and has some left
+            if (
+                one.state == "done"
+                and (known := attempts(places.cell(one.name)))
+                and not known[-1].get("keep_models", 1)
+            ):
+                remove_models(places.run(one.name))
         if light and all(one.state == "done" for one in found):
             shutil.rmtree(places.shared, ignore_errors=True)  # no run is left to take anything from it
     return found
@@ -153,6 +160,8 @@ def remove_models(run: Path) -> None:
     for directory in found:
         if directory != run:
             shutil.rmtree(directory, ignore_errors=True)
+    with contextlib.suppress(OSError):  # it holds something else, or isn't there
+        (run / "adapter").rmdir()
 
 
 def known_cells(places: Places) -> list[str]:

@@ -96,6 +96,12 @@ def is_finished(stages: Mapping[str, Mapping[str, Any]]) -> bool:
     return "report" in stages and all(one.get("status") == "done" for one in stages.values())
 
 
+def is_complete(run: Path) -> bool:
+    """Whether a run has ended, and its results can be read."""
+    stages, damage = read_stages(run)
+    return damage is None and is_finished(stages) and damaged_result(run) is None
+
+
 def counts(found: Iterable[Standing]) -> dict[State, int]:
     """How many cells are in each state."""
     counted = Counter(one.state for one in found)

@@ -49,7 +49,8 @@ def as_on_a_gpu(monkeypatch):
         served.append("expand")
         return weights[form.values.data_ptr()]
 
-    def multiply_semi(x, compressed, bias):
+    def multiply_semi(x, compressed, out, bias):
+        assert out == compressed.shape[1]
         served.append("semi")
         return nn.functional.linear(x, compressed[0], bias)
 
@@ -192,19 +193,23 @@ def test_cusparselt_gets_what_it_takes(monkeypatch):
     monkeypatch.setattr(torch._C, "_cusparselt", SimpleNamespace(mm_search=mm_search), raising=False)
     x, bias = torch.randn(13, 96).bfloat16()[:, ::2], torch.randn(32).bfloat16()
     exact = x.double() @ weight.double().t() + bias.double()
-    assert close(semi_structured.multiply(x, weight, bias), exact)
+    assert close(semi_structured.multiply(x, weight, 32, bias), exact)
     found = semi_structured.search(x, weight)
-    y = semi_structured.multiply(x, weight, bias, found)
+    y = semi_structured.multiply(x, weight, 32, bias, found)
     assert y.shape == (13, 32)
     assert close(y, exact)
     assert calls == [(16, *semi_structured.FIRST), (16, 7, 2, 1)]
     compiled = torch.compile(semi_structured.multiply, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(x, weight, bias), y)
+    assert torch.equal(compiled(x, weight, 32, bias), y)
 
 
 def test_cusparselt_is_proved(monkeypatch):
     monkeypatch.setattr(semi_structured, "compress", lambda weight: weight)
-    right = nn.functional.linear
+
+    def right(x, weight, out, bias):
+        assert out == len(weight)
+        return nn.functional.linear(x, weight, bias)
+
     monkeypatch.setattr(semi_structured, "multiply", right)
     semi_structured.prove.__wrapped__(CPU, torch.bfloat16)
     monkeypatch.setattr(semi_structured, "multiply", lambda *parts: right(*parts) * 1.1)
@@ -327,7 +332,7 @@ def test_copies_are_for_packed_models_on_a_gpu(tmp_path):
         assert isinstance(load(tmp_path / "packed", "auto", "cpu", prefill).model.layers[0].mlp.up_proj, SparseLinear)
         assert open_model(tmp_path / "dense", "auto", "cpu", prefill)
     for prefill in ("dense", "semi"):
-        with pytest.raises(PhoenixError, match=f"prefill={prefill}: copies are for packed linears on Phoenix's GPU"):
+        with pytest.raises(PhoenixError, match=f"prefill={prefill}: copies are for GPUs, and this is cpu"):
             load(tmp_path / "packed", "auto", "cpu", prefill)
         with pytest.raises(PhoenixError, match=f"prefill={prefill}: .* isn't packed"):
             open_model(tmp_path / "dense", "auto", "cpu", prefill)

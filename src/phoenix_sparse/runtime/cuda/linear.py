@@ -132,7 +132,7 @@ class CudaLinear(nn.Module):
         """(…, in) -> (…, out), in x's dtype, summed in float32."""
         dense, semi = self.dense_copy, self.semi_structured
         if many_rows.serve(x.numel() // self.in_features, self.crossover, dense, semi):
-            return many_rows.multiply(x, self.offset, dense, semi)
+            return many_rows.multiply(x, self.out_features, self.offset, dense, semi)
         return cuda_linear(x, self.parts, self.numbers, self.scales, self.offset)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "CudaLinear":
@@ -237,7 +237,8 @@ def prepare(model: nn.Module, device: torch.device, prefill: many_rows.Prefill =
     """
     wish = wanted(device)
     if wish is None or (wish == "usual" and any(layer.weight.dtype not in FLOATS for _, layer in _packed(model))):
-        many_rows.refuse(prefill, f"copies are for packed linears on Phoenix's GPU kernels, not torch's on {device}")
+        kernels = "copies are for GPUs" if device.type != "cuda" else "copies go with Phoenix's kernels, not torch's"
+        many_rows.refuse(prefill, f"{kernels}, and this is {device}")
         return
     fuse(model)
     for name, layer in _packed(model):

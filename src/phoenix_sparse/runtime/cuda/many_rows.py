@@ -76,11 +76,12 @@ def serve(rows: int, crossover: int, dense: Tensor | None, semi: Tensor | None) 
     return semi is not None and rows > crossover
 
 
-def multiply(x: Tensor, bias: Tensor | None, dense: Tensor | None, semi: Tensor | None) -> Tensor:
+def multiply(x: Tensor, out: int, bias: Tensor | None, dense: Tensor | None, semi: Tensor | None) -> Tensor:
     """x · Wᵀ + bias by a copy of W, of those that are there by the one that is faster.
 
     Args:
         x: (…, in), as many rows as `serve` says.
+        out: W's rows.
         bias: (out,), or None.
         dense: W (out, in) with its scales, in x's dtype, or None.
         semi: likewise, as `semi_structured.compress` gives it; one of the two is there.
@@ -92,7 +93,7 @@ def multiply(x: Tensor, bias: Tensor | None, dense: Tensor | None, semi: Tensor 
     if semi is None or (dense is not None and x.numel() // x.shape[-1] < SEMI_FROM):
         assert dense is not None
         return torch.nn.functional.linear(x, dense, bias)
-    y = semi_structured.multiply(x.reshape(-1, x.shape[-1]), semi, bias)
+    y = semi_structured.multiply(x.reshape(-1, x.shape[-1]), semi, out, bias)
     return y.view(*x.shape[:-1], -1)
 
 
@@ -114,11 +115,16 @@ def keep(layers: Sequence[Linear], prefill: Prefill, device: torch.device) -> No
     whole = sum(sizes.values())
     compressed = int(sum(sizes[which] for which in two_four) * semi_structured.COMPRESSED)
     dense, semi = choose(prefill, whole, compressed, free_bytes(device))
-    for layer in layers:
-        if dense or (semi and id(layer) in two_four):
-            weight = layer.dense().contiguous()
-            layer.dense_copy = weight if dense else None
-            layer.semi_structured = semi_structured.compress(weight) if semi and id(layer) in two_four else None
+    try:
+        for layer in layers:
+            if dense or (semi and id(layer) in two_four):
+                weight = layer.dense().contiguous()
+                layer.dense_copy = weight if dense else None
+                layer.semi_structured = semi_structured.compress(weight) if semi and id(layer) in two_four else None
+    except torch.OutOfMemoryError as error:  # unpacking needs some memory too, and others may have taken it meanwhile
+        for layer in layers:
+            layer.dense_copy = layer.semi_structured = None
+        raise PhoenixError(f"prefill={prefill}: the GPU's memory is full; give packed") from error
 
 
 def choose(prefill: Prefill, dense: int, semi: int, free: int) -> tuple[bool, bool]:

@@ -76,8 +76,11 @@ def padded(x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("phoenix_sparse::semi_structured_linear", mutates_args=())
-def semi_structured_linear(x: Tensor, compressed: Tensor, bias: Tensor | None, algorithm: list[int]) -> Tensor:
+def semi_structured_linear(
+    x: Tensor, compressed: Tensor, out: int, bias: Tensor | None, algorithm: list[int]
+) -> Tensor:
     """`multiply` for torch, which need not look into it: addresses are asked for there."""
+    del out  # what a trace needs to know, as the compressed form has no shape of its own in older torch
     number, parts, mode = algorithm
     split: dict[str, Any] = {} if parts == 1 else {"split_k": parts, "split_k_mode": mode}  # older torch has no such
     y: Tensor = torch._cslt_sparse_mm(
@@ -87,11 +90,13 @@ def semi_structured_linear(x: Tensor, compressed: Tensor, bias: Tensor | None, a
 
 
 @semi_structured_linear.register_fake
-def _(x: Tensor, compressed: Tensor, *rest: Any) -> Tensor:  # noqa: ARG001
-    return x.new_empty(x.shape[0], compressed.shape[0])
+def _(x: Tensor, compressed: Tensor, out: int, *rest: Any) -> Tensor:  # noqa: ARG001
+    return x.new_empty(x.shape[0], out)
 
 
-def multiply(x: Tensor, compressed: Tensor, bias: Tensor | None = None, algorithm: Algorithm = FIRST) -> Tensor:
+def multiply(
+    x: Tensor, compressed: Tensor, out: int, bias: Tensor | None = None, algorithm: Algorithm = FIRST
+) -> Tensor:
     """x (rows, in) · Wᵀ + bias, summed in float32.
 
     cuSPARSELt computes W · xᵀ, the sparse matrix to the left, and writes the result transposed: nothing is copied.
@@ -99,13 +104,14 @@ def multiply(x: Tensor, compressed: Tensor, bias: Tensor | None = None, algorith
     Args:
         x: in W's dtype.
         compressed: W (out, in), see `compress`.
+        out: W's rows.
         bias: (out,) in x's dtype, or None.
         algorithm: how, as `search` finds it.
 
     Returns:
         (rows, out) in x's dtype.
     """
-    y: Tensor = semi_structured_linear(x, compressed, bias, list(algorithm))
+    y: Tensor = semi_structured_linear(x, compressed, out, bias, list(algorithm))
     return y
 
 
@@ -133,7 +139,7 @@ def prove(device: torch.device, dtype: torch.dtype) -> None:
         x = torch.randn(rows, 160, generator=generator).to(dtype)
         exact = x.double() @ weight.double().t() + bias.double()
         try:
-            y = multiply(x.to(device), compress(weight.to(device)), bias.to(device)).cpu().double()
+            y = multiply(x.to(device), compress(weight.to(device)), len(weight), bias.to(device)).cpu().double()
         except RuntimeError as error:
             raise PhoenixError(
                 f"prefill: cuSPARSELt fails on this GPU ({first_line(error)}); give prefill=dense or packed"
