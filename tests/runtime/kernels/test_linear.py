@@ -95,16 +95,29 @@ def test_tall_batches_come_in_turns():
         assert ((multiply(one, m, x).double() - expected(m, x)).abs() <= tolerance(m, x, None)).all()
 
 
+@pytest.mark.parametrize("columns", [8192, 4096 + 300, 250])
+@pytest.mark.parametrize("spread", ["even", "normal", "outliers", "powers of two"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_fixed_point_is_as_exact_as_it_says(dtype):
-    """To 2^-22 of a block's largest activation in each term for bfloat16, to 2^-30 for float32 (avx512.cpp)."""
-    m = matrix(50, 8192, 0.5, torch.int8, 5)
-    x = torch.randn(1, 8192)
-    x[0, 7], x[0, 5000] = 3e4, -2e3
+def test_fixed_point_is_as_exact_as_it_says(dtype, spread, columns):
+    """To 2^-23 of a lane's largest activation in each term for bfloat16, to 2^-31 for float32 (avx512_fixed.h).
+
+    The spread decides how many numbers need a lowest digit, and so whether those of several chunks are merged.
+    """
+    m = matrix(50, columns, 0.5, torch.int8, 5)
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(1, columns, generator=generator)
+    if spread == "even":
+        x = 1 + x.abs() % 1
+    elif spread == "outliers":
+        x[0, 7], x[0, 240], x[0, columns // 2] = 3e4, 2**-9, -2e3
+    elif spread == "powers of two":
+        x *= 2.0 ** torch.randint(-12, 12, x.shape, generator=generator)
     x = x.to(dtype)
     exact = expected(m, x)
-    largest = x.abs().view(2, 4096).amax(1).double().repeat_interleave(4096)
-    step = 2**-22 if dtype == torch.bfloat16 else 2**-30
+    # Four columns of each 64 make up a lane, in blocks of 4096.
+    lanes = torch.nn.functional.pad(x.abs().double(), (0, -columns % 4096)).view(-1, 64, 16, 4)
+    largest = lanes.amax((1, 3), keepdim=True).expand_as(lanes).reshape(-1)[:columns]
+    step = 2**-23 if dtype == torch.bfloat16 else 2**-31
     allowed = tolerance(m, x, None) + step * (m.dense.abs() @ largest)
     for one in LIBRARIES:
         assert ((multiply(one, m, x).double() - exact).abs() <= allowed).all()

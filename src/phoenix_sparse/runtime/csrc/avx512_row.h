@@ -105,6 +105,15 @@ struct Walk {
         }
     }
 
+    // The same for four whole steps of columns.
+    template <class Use>
+    PHX_INLINE void four(int64_t first, Use use) {
+        fetch();
+        const int64_t at = first / V::step;
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) step(at + i, use);
+    }
+
     PHX_INLINE void fetch() {
         for (int line = 0; line < lines; ++line, next_values += 64) _mm_prefetch(next_values, _MM_HINT_T1);
         constexpr int BITS = R * 4 * static_cast<int>(sizeof(Bits));
