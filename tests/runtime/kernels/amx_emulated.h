@@ -41,33 +41,27 @@ inline void release() {
     std::memset(registers.data, 0xff, sizeof registers.data);  // NaN, which whatever relied on it will show
 }
 
-template <int T>
-void check() {
-    static_assert(T >= 0 && T < REGISTERS);
-    insist(registers.configured && registers.shapes.rows[T], "a register that isn't configured");
+inline void check(int at) {
+    insist(registers.configured && registers.shapes.rows[at], "a register that isn't configured");
 }
 
-template <int T>
-void zero() {
-    check<T>();
-    std::memset(registers.data[T], 0, BYTES);
+inline void zero(int at) {
+    check(at);
+    std::memset(registers.data[at], 0, BYTES);
 }
 
-template <int T>
-void load(const void* from) {
-    check<T>();
-    std::memset(registers.data[T], 0, BYTES);
-    for (int row = 0; row < registers.shapes.rows[T]; ++row)
-        std::memcpy(registers.data[T][row], static_cast<const uint8_t*>(from) + row * ROW_BYTES,
-                    registers.shapes.row_bytes[T]);
+inline void load(int at, const void* from) {
+    zero(at);
+    for (int row = 0; row < registers.shapes.rows[at]; ++row)
+        std::memcpy(registers.data[at][row], static_cast<const uint8_t*>(from) + row * ROW_BYTES,
+                    registers.shapes.row_bytes[at]);
 }
 
-template <int T>
-void store(void* to) {
-    check<T>();
-    for (int row = 0; row < registers.shapes.rows[T]; ++row)
-        std::memcpy(static_cast<uint8_t*>(to) + row * ROW_BYTES, registers.data[T][row],
-                    registers.shapes.row_bytes[T]);
+inline void store(int at, void* to) {
+    check(at);
+    for (int row = 0; row < registers.shapes.rows[at]; ++row)
+        std::memcpy(static_cast<uint8_t*>(to) + row * ROW_BYTES, registers.data[at][row],
+                    registers.shapes.row_bytes[at]);
 }
 
 // Denormal operands count as zeros.
@@ -86,34 +80,50 @@ inline float word(const uint8_t* row, int at) {
     return operand(from_bf16(bits));
 }
 
-template <int C, int A, int B>
-void dot() {
-    check<A>();
-    check<B>();
-    check<C>();
-    static_assert(A != B && B != C && A != C);
-    const Shapes& shapes = registers.shapes;
-    const int depth = shapes.row_bytes[A] / 4, columns = shapes.row_bytes[C] / 4;
-    insist(shapes.rows[A] == shapes.rows[C] && shapes.rows[B] == depth && shapes.row_bytes[B] / 4 == columns,
+inline void dot(int c, int a, int b) {
+    check(a);
+    check(b);
+    check(c);
+    insist(a != b && b != c && a != c, "one register as two operands");
+    const Registers& all = registers;
+    const Shapes& shapes = all.shapes;
+    const int depth = shapes.row_bytes[a] / 4, columns = shapes.row_bytes[c] / 4;
+    insist(shapes.rows[a] == shapes.rows[c] && shapes.rows[b] == depth && shapes.row_bytes[b] / 4 == columns,
            "shapes that don't fit together");
-    static thread_local float second[ROWS][ROW_BYTES / 2];
+    float second[ROWS][ROW_BYTES / 2] = {};
     for (int k = 0; k < depth; ++k)
-        for (int n = 0; n < 2 * columns; ++n) second[k][n] = word(registers.data[B][k], n);
-    for (int m = 0; m < shapes.rows[C]; ++m) {
+        for (int n = 0; n < 2 * columns; ++n) second[k][n] = word(all.data[b][k], n);
+    for (int m = 0; m < shapes.rows[c]; ++m) {
         float sums[ROW_BYTES / 2] = {};  // of even columns of A, and of odd ones, each for itself
         for (int k = 0; k < depth; ++k) {
-            const float pair[2] = {word(registers.data[A][m], 2 * k), word(registers.data[A][m], 2 * k + 1)};
-            for (int n = 0; n < 2 * columns; ++n)
-                sums[n] = result(static_cast<double>(sums[n]) + static_cast<double>(pair[n % 2]) * second[k][n]);
+            const double pair[2] = {word(all.data[a][m], 2 * k), word(all.data[a][m], 2 * k + 1)};
+            for (int n = 0; n < ROW_BYTES / 2; ++n) sums[n] = result(sums[n] + pair[n % 2] * second[k][n]);
         }
         float row[ROW_BYTES / 4];
-        std::memcpy(row, registers.data[C][m], ROW_BYTES);
+        std::memcpy(row, all.data[c][m], ROW_BYTES);
         for (int n = 0; n < columns; ++n) {
             const float both = result(static_cast<double>(sums[2 * n]) + sums[2 * n + 1]);
             row[n] = result(static_cast<double>(operand(row[n])) + both);
         }
-        std::memcpy(registers.data[C][m], row, ROW_BYTES);
+        std::memcpy(registers.data[c][m], row, ROW_BYTES);
     }
+}
+
+template <int T>
+void zero() {
+    zero(T);
+}
+template <int T>
+void load(const void* from) {
+    load(T, from);
+}
+template <int T>
+void store(void* to) {
+    store(T, to);
+}
+template <int C, int A, int B>
+void dot() {
+    dot(C, A, B);
 }
 
 }  // namespace phx::tile

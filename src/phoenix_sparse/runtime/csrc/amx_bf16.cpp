@@ -16,11 +16,11 @@ PHX_TARGET_BEGIN(PHX_AMX_TARGET)
 namespace phx {
 namespace {
 
-constexpr int WIDE = tile::ROW_BYTES / 2;       // columns of a tile of W
-constexpr int TOGETHER = 4;                     // tiles of W that are expanded before they are multiplied
-constexpr int64_t CHUNK = TOGETHER * WIDE;      // their columns
-constexpr int64_t CHUNK_BITS = CHUNK / 8;       // and the bytes of a row's bitmask
-constexpr int64_t MOST_BLOCKS = 4;              // of 16 rows of x, that one expansion serves
+constexpr int WIDE = tile::ROW_BYTES / 2;   // columns of a tile of W
+constexpr int TOGETHER = 4;                 // tiles of W that are expanded before they are multiplied
+constexpr int64_t CHUNK = TOGETHER * WIDE;  // their columns
+constexpr int64_t CHUNK_BITS = CHUNK / 8;   // and the bytes of a row's bitmask
+constexpr int64_t MOST_BLOCKS = 4;          // of 16 rows of x, that one expansion serves
 
 PHX_INLINE int64_t chunks_of(int64_t cols) { return (cols + CHUNK - 1) / CHUNK; }
 
@@ -81,35 +81,44 @@ struct FromBytes {
     }
 };
 
-// Expand the next chunk of 16 rows, whose bitmasks lie `apart` bytes from each other, into TOGETHER tiles.
-template <class From, bool GUARDED>
+// Expand the next chunk of S times 16 rows, whose bitmasks lie `apart` bytes from each other: each 16 TOGETHER tiles.
+template <class From, int S, bool GUARDED>
 PHX_INLINE void expand(const uint8_t* bitmask, int64_t apart, const typename From::Values::Element** values,
                        uint8_t* to) {
     using V = typename From::Values;
     constexpr int STEPS = CHUNK / V::step;
 #pragma GCC unroll 2
-    for (int r = 0; r < tile::ROWS; ++r) {
+    for (int r = 0; r < S * tile::ROWS; ++r) {
         const typename V::Element* from = values[r];
+        uint8_t* row = to + (r / tile::ROWS * TOGETHER * tile::ROWS + r % tile::ROWS) * tile::ROW_BYTES;
         for (int s = 0; s < STEPS; ++s) {
             typename V::Bits bits;
             __builtin_memcpy(&bits, bitmask + r * apart + s * static_cast<int64_t>(sizeof bits), sizeof bits);
             const int count = V::count(bits);
             const __m512i packed = GUARDED ? V::load_some(from, count) : _mm512_loadu_si512(from);
-            From::store(V::expand(bits, packed), to + s * (TOGETHER / STEPS) * tile::BYTES + r * tile::ROW_BYTES);
+            From::store(V::expand(bits, packed), row + s * (TOGETHER / STEPS) * tile::BYTES);
             from += count;
         }
         values[r] = from;
     }
 }
 
-// A product waits for the one before it that adds to the same register, three times as long as the processor needs to
-// begin another. So at least four registers take turns: with few blocks of x several hold parts of one sum.
+// How many times 16 rows of W are multiplied with N blocks of x at once: twice where registers are left for it, so that
+// x, which comes from the L2, serves both.
 template <int N>
-constexpr int PARTS = N == 1 ? 4 : N == 2 ? 2 : 1;
+constexpr int STRIPES = N <= 2 ? 2 : 1;
+
+// A product waits for the one before it that adds to the same register, three times as long as the processor needs to
+// begin another. So four registers take turns, or three: with one block of x two hold parts of one sum.
+template <int N>
+constexpr int PARTS = N == 1 ? 2 : 1;
+
+template <int N>
+constexpr int SUMS = STRIPES<N> * N * PARTS<N>;
 
 template <int N, int I = 0>
 PHX_INLINE void clear() {
-    if constexpr (I < N * PARTS<N>) {
+    if constexpr (I < SUMS<N>) {
         tile::zero<I>();
         clear<N, I + 1>();
     }
@@ -117,7 +126,7 @@ PHX_INLINE void clear() {
 
 template <int N, int I = 0>
 PHX_INLINE void keep(uint8_t* sums) {
-    if constexpr (I < N * PARTS<N>) {
+    if constexpr (I < SUMS<N>) {
         tile::store<I>(sums + I * tile::BYTES);
         keep<N, I + 1>(sums);
     }
@@ -126,24 +135,27 @@ PHX_INLINE void keep(uint8_t* sums) {
 // A chunk of W times the same columns of N blocks of x: registers 0 to 3 are sums, 4 and 5 W, 6 and 7 x.
 template <int N, int I = 0>
 PHX_INLINE void multiply(const uint8_t* weights, const uint8_t* x) {
-    if constexpr (I < TOGETHER * N) {
-        constexpr int step = I / N, block = I % N, sum = block * PARTS<N> + step % PARTS<N>;
-        if constexpr (block == 0) tile::load<4 + step % 2>(weights + step * tile::BYTES);
-        tile::load<6 + I % 2>(x + I * tile::BYTES);
-        tile::dot<sum, 4 + step % 2, 6 + I % 2>();
+    constexpr int S = STRIPES<N>;
+    if constexpr (I < TOGETHER * N * S) {
+        constexpr int step = I / (N * S), block = I / S % N, stripe = I % S;
+        constexpr int sum = (stripe * N + block) * PARTS<N> + step % PARTS<N>;
+        constexpr int ours = 4 + (S == 2 ? stripe : step % 2), theirs = 6 + I / S % 2;
+        if constexpr (block == 0) tile::load<ours>(weights + (stripe * TOGETHER + step) * tile::BYTES);
+        if constexpr (stripe == 0) tile::load<theirs>(x + I / S * tile::BYTES);
+        tile::dot<sum, ours, theirs>();
         multiply<N, I + 1>(weights, x);
     }
 }
 
-// Bring the next 16 rows into the L2, evenly over the chunks of these: they are consecutive memory there, while here they
-// are sixteen streams, which the hardware's own prefetching doesn't follow across pages.
+// Bring the next `rows` rows into the L2, evenly over the chunks of these: there they are consecutive memory, while
+// here each is a stream of its own, which the hardware's prefetching doesn't follow across pages.
 struct Ahead {
     const char *values, *bitmask;
     int64_t lines, bitmask_lines;  // a chunk
 
-    PHX_INLINE Ahead(const Matrix& w, int64_t next, int64_t chunks) {
+    PHX_INLINE Ahead(const Matrix& w, int64_t next, int rows, int64_t chunks) {
         const int64_t first = next < w.rows ? next : w.rows;
-        const int64_t last = first + tile::ROWS < w.rows ? first + tile::ROWS : w.rows;
+        const int64_t last = first + rows < w.rows ? first + rows : w.rows;
         const auto size = static_cast<int64_t>(bytes_of(w.type));
         values = static_cast<const char*>(w.values) + w.offsets[first] * size;
         bitmask = reinterpret_cast<const char*>(w.bitmask) + first * w.row_bytes();
@@ -156,29 +168,29 @@ struct Ahead {
     }
 };
 
-// Sums of the 16 rows from `first` on with N blocks of x. GUARDED: behind their values no memory need be readable, or
-// some of them aren't there.
+// Sums of the STRIPES times 16 rows from `first` on with N blocks of x. GUARDED: behind their values no memory need be
+// readable, or some of them aren't there.
 template <class From, int N, bool GUARDED>
 PHX_INLINE void sum(const Matrix& w, int64_t first, const uint8_t* x, uint8_t* sums) {
+    constexpr int S = STRIPES<N>, ALL = S * tile::ROWS;
     const auto* all = static_cast<const typename From::Values::Element*>(w.values);
     const int64_t bytes = w.row_bytes(), chunks = chunks_of(w.cols);
-    const int count = static_cast<int>(w.rows - first < tile::ROWS ? w.rows - first : tile::ROWS);
-    const typename From::Values::Element* values[tile::ROWS];
-    for (int r = 0; r < tile::ROWS; ++r) values[r] = all + w.offsets[r < count ? first + r : w.rows];
+    const int count = static_cast<int>(w.rows - first < ALL ? w.rows - first : ALL);
+    const typename From::Values::Element* values[ALL];
+    for (int r = 0; r < ALL; ++r) values[r] = all + w.offsets[r < count ? first + r : w.rows];
     const uint8_t* bitmask = w.bitmask + first * bytes;
-    Ahead ahead(w, first + tile::ROWS, chunks);
-    alignas(64) uint8_t weights[2][TOGETHER * tile::BYTES];
+    Ahead ahead(w, first + ALL, ALL, chunks);
+    alignas(64) uint8_t weights[2][S * TOGETHER * tile::BYTES];
     auto next = [&](int64_t chunk) PHX_LAMBDA {
         uint8_t* to = weights[chunk % 2];
         const int64_t at = chunk * CHUNK_BITS, left = bytes - at;
         ahead.fetch();
-        if (count == tile::ROWS && left >= CHUNK_BITS)
-            return expand<From, GUARDED>(bitmask + at, bytes, values, to);
+        if (count == ALL && left >= CHUNK_BITS) return expand<From, S, GUARDED>(bitmask + at, bytes, values, to);
         // The bitmask's last bytes, and not one beyond them.
-        uint8_t last[tile::ROWS][CHUNK_BITS] = {};
-        for (int r = 0; r < count; ++r)
-            __builtin_memcpy(last[r], bitmask + r * bytes + at, static_cast<size_t>(left < CHUNK_BITS ? left : CHUNK_BITS));
-        expand<From, GUARDED>(last[0], CHUNK_BITS, values, to);
+        uint8_t last[ALL][CHUNK_BITS] = {};
+        const auto some = static_cast<size_t>(left < CHUNK_BITS ? left : CHUNK_BITS);
+        for (int r = 0; r < count; ++r) __builtin_memcpy(last[r], bitmask + r * bytes + at, some);
+        expand<From, S, GUARDED>(last[0], CHUNK_BITS, values, to);
     };
     clear<N>();
     next(0);
@@ -199,7 +211,7 @@ PHX_INLINE __m512i rounded(__m512 values) {
     return _mm512_srli_epi32(_mm512_mask_or_epi32(up, nan, words, _mm512_set1_epi32(0x400000)), 16);
 }
 
-// What `finish` of call.h does, for 16 rows of W and N blocks of x from row `row` on.
+// What `finish` of call.h does, for the 16 rows of W from `first` on and the N blocks of x from `row` on.
 template <int N>
 void finish_block(const Call& call, int64_t first, int64_t row, const uint8_t* sums) {
     const int count = static_cast<int>(call.w.rows - first < tile::ROWS ? call.w.rows - first : tile::ROWS);
@@ -229,31 +241,35 @@ void finish_block(const Call& call, int64_t first, int64_t row, const uint8_t* s
     }
 }
 
+// Write the products of all rows from `first` to `last` with the N blocks of x from `row` on.
 template <class From, int N>
-void block(const Call& call, int64_t first, int64_t row, const uint8_t* x) {
+void rows_by(const Call& call, int64_t first, int64_t last, int64_t row, const uint8_t* x) {
+    constexpr int S = STRIPES<N>, ALL = S * tile::ROWS;
     const Matrix& w = call.w;
-    alignas(64) uint8_t sums[N * PARTS<N> * tile::BYTES];
-    if (first + tile::ROWS <= w.rows && unguarded<typename From::Values>(w, first, tile::ROWS)) {
-        sum<From, N, false>(w, first, x, sums);
-    } else {
-        sum<From, N, true>(w, first, x, sums);
+    alignas(64) uint8_t sums[SUMS<N> * tile::BYTES];
+    for (; first < last; first += ALL) {
+        if (first + ALL <= w.rows && unguarded<typename From::Values>(w, first, ALL)) {
+            sum<From, N, false>(w, first, x, sums);
+        } else {
+            sum<From, N, true>(w, first, x, sums);
+        }
+        for (int stripe = 0; stripe < S && first + stripe * tile::ROWS < w.rows; ++stripe)
+            finish_block<N>(call, first + stripe * tile::ROWS, row, sums + stripe * N * PARTS<N> * tile::BYTES);
     }
-    finish_block<N>(call, first, row, sums);
 }
 
+// Those of rows first..last-1 with all of x. `first` is a multiple of 32, and so is `last`, or the rows' end.
 template <class From>
-void blocks(const Call& call, int64_t first, int64_t last, const uint8_t* x) {
+void rows(const Call& call, int64_t first, int64_t last, const uint8_t* x) {
     const int64_t all = (call.x.batch + 15) / 16;
     tile::configure(tile::full());
     for (int64_t done = 0; done < all; done += MOST_BLOCKS) {
         const uint8_t* part = x + done * chunks_of(call.w.cols) * TOGETHER * tile::BYTES;
-        for (int64_t row = first; row < last; row += tile::ROWS) {
-            switch (all - done) {
-                case 1: block<From, 1>(call, row, done * 16, part); break;
-                case 2: block<From, 2>(call, row, done * 16, part); break;
-                case 3: block<From, 3>(call, row, done * 16, part); break;
-                default: block<From, 4>(call, row, done * 16, part);
-            }
+        switch (all - done) {
+            case 1: rows_by<From, 1>(call, first, last, done * 16, part); break;
+            case 2: rows_by<From, 2>(call, first, last, done * 16, part); break;
+            case 3: rows_by<From, 3>(call, first, last, done * 16, part); break;
+            default: rows_by<From, 4>(call, first, last, done * 16, part);
         }
     }
     tile::release();
@@ -282,11 +298,11 @@ Result many(const Call& call) {
         arrange(call.x, block * 16, chunk, x + tiles * tile::BYTES, some * tile::BYTES);
     });
     // With more rows of x than stay in the L2, what comes from beyond it serves more rows of W.
-    const int64_t rows = all > MOST_BLOCKS ? 4 * tile::ROWS : 2 * tile::ROWS;
-    share_out(threads_for(call, w.rows, w.cols), (w.rows + rows - 1) / rows, [&](int64_t item) {
-        const int64_t first = item * rows, last = first + rows < w.rows ? first + rows : w.rows;
-        if (w.type == Type::i8) return blocks<FromBytes>(call, first, last, x);
-        blocks<FromWords>(call, first, last, x);
+    const int64_t some = all > MOST_BLOCKS ? 64 : 32;
+    share_out(threads_for(call, w.rows, w.cols), (w.rows + some - 1) / some, [&](int64_t item) {
+        const int64_t first = item * some, last = first + some < w.rows ? first + some : w.rows;
+        if (w.type == Type::i8) return rows<FromBytes>(call, first, last, x);
+        rows<FromWords>(call, first, last, x);
     });
     return OK;
 }

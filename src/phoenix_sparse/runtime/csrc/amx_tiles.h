@@ -1,5 +1,5 @@
-// The eight tile registers of AMX, and what amx_bf16.cpp does with them. With PHOENIX_AMX_EMULATED they are plain memory,
-// and the instructions plain C++: what the tests compile, for machines without AMX.
+// The eight tile registers of AMX, and what amx_bf16.cpp does with them. With PHOENIX_AMX_EMULATED they are plain
+// memory, and the instructions plain C++: what the tests compile, for machines without AMX.
 #pragma once
 
 #include "avx512.h"

@@ -259,6 +259,19 @@ def _matrix(slices: Slices) -> tuple[int, ...]:
     return (*(part.data_ptr() for part in parts), slices.order.numel(), slices.columns, CODES[slices.values])
 
 
+def proven(path: str | None = None) -> Library:
+    """The library with an instruction set, compared with the portable one if it is among the `UNPROVEN`.
+
+    Raises:
+        OSError: it can't be opened.
+        PhoenixError: that instruction set isn't there, or computes wrongly here.
+    """
+    found = Library(FILE, path)
+    if found.path in UNPROVEN:
+        prove(found, Library(FILE, "portable"))
+    return found
+
+
 @cache
 def library() -> Library | None:
     """The library with the instruction set of `PHOENIX_KERNEL`, or the best; None where torch does the work.
@@ -272,7 +285,7 @@ def library() -> Library | None:
     if path == "torch":
         return None
     try:
-        found = Library(FILE, path)
+        return proven(path)
     except OSError as error:
         if path is not None:
             raise PhoenixError(f"{VARIABLE}: {path!r} needs the compiled kernels, and {_reason(error)}") from error
@@ -282,9 +295,6 @@ def library() -> Library | None:
             stacklevel=2,
         )
         return None
-    if found.path in UNPROVEN:
-        prove(found, Library(FILE, "portable"))
-    return found
 
 
 def _reason(error: OSError) -> str:
