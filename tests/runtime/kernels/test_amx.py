@@ -145,7 +145,7 @@ def test_nothing_is_found_by_address_sanitizer(request, tmp_path):
     names = ("libasan.so", "libubsan.so")
     found = [subprocess.check_output([COMPILER, f"-print-file-name={name}"], text=True).strip() for name in names]
     options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1"}
-    assert "200 matrices" in exercise(file, 200, BATCHES, LD_PRELOAD=" ".join(found), **options)
+    assert "100 matrices" in exercise(file, 100, BATCHES, LD_PRELOAD=" ".join(found), **options)
 
 
 @pytest.fixture
