@@ -4,6 +4,9 @@ Sparse weights are timed by bitmap, and up to a density as slices, whichever of 
 
     OMP_NUM_THREADS=2 PYTHONPATH=src python benchmarks/sparse_linear_cpu.py --json sparse_linear_cpu.json
 
+The kernels are those of PHOENIX_KERNEL, or the best. `--beside amx` times another instruction set in the same run, too,
+called directly: neither slices nor a dense product are taken in its place.
+
 Everything is timed in one process and in turns, so that between two runs of a variant hundreds of megabytes of other
 weights went through the caches. All weights lie on huge pages, torch's too. Before anything is timed, each packed
 product is compared with float64.
@@ -21,7 +24,7 @@ from torch import Tensor
 
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import write_json
-from phoenix_sparse.runtime.kernels.library import Library, library
+from phoenix_sparse.runtime.kernels.library import Library, library, proven
 from phoenix_sparse.runtime.kernels.linear import sparse_linear
 from phoenix_sparse.runtime.kernels.placing import place
 from phoenix_sparse.runtime.kernels.sliced import sliced_linear
@@ -51,7 +54,12 @@ def _dense(weight: Tensor, compiled: Library) -> dict[str, tuple[Product, int]]:
 
 
 def _packed(
-    weight: Tensor, density: float, generator: torch.Generator, compiled: Library, sliced_to: float
+    weight: Tensor,
+    density: float,
+    generator: torch.Generator,
+    compiled: Library,
+    sliced_to: float,
+    beside: list[Library],
 ) -> dict[str, tuple[Product, int]]:
     """Packed products, by bitmap and, up to some density, by slices, and the bytes of their weights."""
     # Not by multiplying: a negative weight times 0 is -0.0, a value that packing keeps.
@@ -62,6 +70,8 @@ def _packed(
         size = sum(part.nbytes for part in parts if part is not None)
         label = f"{density:.0%} kept, {name}"
         found[label] = (_product(parts), size)
+        for other in beside:
+            found[f"{label}, {other.path}"] = (_directly(other, parts), size)
         if compiled.has_sliced and density <= sliced_to:
             matrix = (packed.bitmask, packed.compressed, packed.row_offsets)
             slices = fill(compiled, *matrix, count_steps(compiled, *matrix, packed.shape[1]))
@@ -69,7 +79,8 @@ def _packed(
             size = sum(part.nbytes for part in held if part is not None)
             found[f"{label}, sliced"] = (_sliced(slices, packed.scales), size)
         for product, _ in [one for key, one in found.items() if key.startswith(label)]:
-            _compare(packed, product)
+            for batch in (3, 17):
+                _compare(packed, product, batch)
     return found
 
 
@@ -77,17 +88,26 @@ def _product(parts: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> Product:
     return lambda x: sparse_linear(x, *parts)
 
 
+def _directly(library: Library, parts: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> Product:
+    def product(x: Tensor) -> Tensor:
+        y = x.new_empty(x.shape[0], len(parts[0]))
+        library.linear(x, *parts, None, y, x.shape[1])
+        return y
+
+    return product
+
+
 def _sliced(slices: Slices, scales: Tensor | None) -> Product:
     return lambda x: sliced_linear(x, slices, scales)
 
 
-def _compare(packed: Packed, product: Product) -> None:
-    """Compare some rows with float64.
+def _compare(packed: Packed, product: Product, batch: int) -> None:
+    """Compare some rows with float64, for that many rows of x.
 
     Raises:
         PhoenixError: they differ by more than the rounding to bfloat16.
     """
-    x = torch.randn(3, packed.shape[1]).bfloat16()
+    x = torch.randn(batch, packed.shape[1]).bfloat16()
     products = product(x).double()
     places = torch.arange(8, dtype=torch.uint8)
     for row in range(0, packed.shape[0], packed.shape[0] // 16 or 1):
@@ -143,6 +163,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--density", type=float, nargs="+", default=[0.5, 0.3, 0.1], help="shares of weights kept")
     parser.add_argument("--sliced-to", type=float, default=0.2, help="densities up to this one by slices, too")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8, 16, 64])
+    parser.add_argument("--beside", nargs="+", default=[], metavar="NAME", help="other instruction sets, such as amx")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     return parser.parse_args()
@@ -155,14 +176,16 @@ def main() -> None:
     compiled = library()
     if compiled is None:
         raise PhoenixError("the CPU kernels are not built, so there is nothing to time")
+    beside = [proven(name) for name in arguments.beside]
     out, columns = map(int, arguments.shape.split("x"))
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(out, columns, generator=generator) / columns**0.5).bfloat16()
     products = _dense(weight, compiled)
     for density in arguments.density:
-        products |= _packed(weight, density, generator, compiled, arguments.sliced_to)
+        products |= _packed(weight, density, generator, compiled, arguments.sliced_to, beside)
     record = facts(torch.device("cpu"), torch.bfloat16) | {
         "kernels": compiled.describe(),
+        "beside": [other.describe() for other in beside],
         "shape": [out, columns],
         "bandwidth": [],
         "rows": [],

@@ -13,9 +13,9 @@ EXERCISE = Path(__file__).with_name("exercise.py")
 SOURCES = Path(library.__file__).parents[1] / "csrc"
 
 
-def exercise(file: Path, cases: int, **environment: str) -> str:
+def exercise(file: Path, cases: int, batches: tuple[int, ...] = (), **environment: str) -> str:
     settings = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment
-    command = [sys.executable, str(EXERCISE), str(file), str(cases)]
+    command = [sys.executable, str(EXERCISE), str(file), *map(str, (cases, *batches))]
     done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return done.stdout

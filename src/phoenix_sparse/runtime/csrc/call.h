@@ -7,7 +7,7 @@
 
 namespace phx {
 
-// All instruction sets, the best one last.
+// All instruction sets, the one that is taken unless another is asked for last.
 extern const Path* const paths[];
 
 // Memory that a thread keeps from call to call: what is asked for anew is faulted in anew.
@@ -30,7 +30,7 @@ struct Scratch {
 
 inline thread_local Scratch x_scratch, tile_scratch, sums_scratch;
 
-enum Result { OK = 0, NO_MEMORY = 1, NOT_HERE = 2, OTHER_COUNT = 3, NOT_FINITE = 4 };
+enum Result : int { OK = 0, NO_MEMORY = 1, NOT_HERE = 2, OTHER_COUNT = 3, NOT_FINITE = 4 };
 
 struct Call {
     const Path& path;

@@ -10,6 +10,15 @@
 #define PHX_X86 0
 #endif
 
+// Where the compiler knows AMX, and the system is one whose leave to use it is known how to ask for.
+#if PHX_X86 && defined(PHOENIX_AMX_EMULATED)
+#define PHX_AMX 1
+#elif PHX_X86 && defined(__linux__) && __has_include(<amxbf16intrin.h>)
+#define PHX_AMX 1
+#else
+#define PHX_AMX 0
+#endif
+
 // Functions between PHX_TARGET_BEGIN and PHX_TARGET_END may use the named instructions; no file needs flags of its own.
 // Nothing of the standard library is instantiated there: the linker could keep that copy for callers on older machines.
 #define PHX_PRAGMA(text) _Pragma(#text)
@@ -68,6 +77,8 @@ struct Decode {
 };
 
 struct SlicedKernel;
+struct Call;
+enum Result : int;
 
 // One instruction set. A tile is some rows of the matrix, expanded; its type is what products are taken in.
 struct Path {
@@ -89,6 +100,8 @@ struct Path {
     uint64_t (*read)(const uint8_t* data, int64_t bytes);
     // Products with the layout of sliced.h; may be null.
     const SlicedKernel* sliced;
+    // The whole of a product with many rows of x. NOT_HERE: these operands are for the tile. May be null.
+    Result (*many)(const Call& call) = nullptr;
 };
 
 extern const Path portable_path;
@@ -96,6 +109,10 @@ extern const Path portable_path;
 extern const Path avx2_path;
 extern const Path avx512_vnni_path;
 extern const Path avx512_path;
+#endif
+#if PHX_AMX
+extern const Path amx_path;
+bool amx_available();
 #endif
 
 inline float from_bf16(uint16_t bits) {

@@ -8,9 +8,14 @@ namespace phx {
 
 const Path* const paths[] = {
     &portable_path,
-#if PHX_X86
+#if PHX_X86 && !defined(PHOENIX_AMX_EMULATED)
     &avx2_path,
     &avx512_vnni_path,
+#endif
+#if PHX_AMX
+    &amx_path,  // before the one that is taken by itself: it has run in emulation only
+#endif
+#if PHX_X86 && !defined(PHOENIX_AMX_EMULATED)
     &avx512_path,
 #endif
 };
@@ -98,6 +103,11 @@ Result tiles(const Call& call) {
     return starved ? NO_MEMORY : OK;
 }
 
+Result many(const Call& call) {
+    const Result result = call.path.many ? call.path.many(call) : NOT_HERE;
+    return result == NOT_HERE ? tiles(call) : result;
+}
+
 // Rows of x beyond so many come in turns: a tile is expanded anew for each, which takes a hundredth of the time.
 constexpr int64_t MOST_TILED = 512;
 
@@ -111,7 +121,7 @@ Result linear(const Call& call) {
             some.x.batch = left < MOST_TILED ? left : MOST_TILED;
             some.x.data = static_cast<const char*>(call.x.data) + static_cast<size_t>(b * call.x.cols) * size;
             some.y = static_cast<char*>(call.y) + static_cast<size_t>(b * call.w.rows) * size;
-            if (Result result = tiles(some)) return result;
+            if (Result result = many(some)) return result;
         }
         return OK;
     }
@@ -122,7 +132,7 @@ Result linear(const Call& call) {
         if (!room) return NO_MEMORY;
         if (const void* x = kernel->prepare(call.x, room)) return decode(call, *kernel, x);
     }
-    return tiles(call);
+    return many(call);
 }
 
 }  // namespace

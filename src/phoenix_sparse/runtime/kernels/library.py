@@ -3,13 +3,14 @@
 import ctypes
 import os
 import warnings
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.runtime.kernels.proving import prove
 from phoenix_sparse.runtime.kernels.slices import Slices
 
 FILE = Path(__file__).with_name("libphoenix.so")
@@ -17,6 +18,8 @@ INTERFACE = 3  # phx_interface of csrc/library.cpp
 VARIABLE = "PHOENIX_KERNEL"
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 """Dtypes as the library numbers them."""
+UNPROVEN = ("amx",)
+"""Instruction sets that have run in emulation only: taken where asked for, once they agree with the portable one."""
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SLICES = [_POINTER] * 4 + [_LONG] * 2 + [_INT]  # as `_matrix` gives them
@@ -58,7 +61,7 @@ class Library:
 
         Args:
             file: the library.
-            path: the instruction set; the best that this processor has unless given.
+            path: the instruction set; the last that this processor has unless given.
 
         Raises:
             OSError: it isn't there, or can't be opened.
@@ -72,15 +75,24 @@ class Library:
         for name, (arguments, result) in _FUNCTIONS.items():
             function = getattr(self.functions, name)
             function.argtypes, function.restype = arguments, result
-        names = [self.functions.phx_path_name(i).decode() for i in range(self.functions.phx_paths())]
-        self.paths = [name for i, name in enumerate(names) if self.functions.phx_path_available(i)]
-        self.path = path or self.paths[-1]  # the best comes last
-        if self.path not in self.paths:
-            raise PhoenixError(_not_here(self.path, self.paths))
-        self.number = names.index(self.path)
+        # From the last on, and no further than needed: to look whether AMX can be used is to ask the system for it.
+        for number in reversed(range(self.functions.phx_paths())):
+            name = self.functions.phx_path_name(number).decode()
+            if path in (None, name) and self.functions.phx_path_available(number):
+                self.path, self.number = name, number
+                break
+        else:
+            found = ", ".join([*self.paths, "torch"])
+            raise PhoenixError(f"{VARIABLE}: {path!r} can't be used here; choose one of {found}")
         self.has_threads = bool(self.functions.phx_have_threads())
         self.has_dense = bool(self.functions.phx_path_dense(self.number))
         self.has_sliced = bool(self.functions.phx_path_sliced(self.number))
+
+    @cached_property
+    def paths(self) -> list[str]:
+        """The instruction sets that this processor has."""
+        numbers = filter(self.functions.phx_path_available, range(self.functions.phx_paths()))
+        return [self.functions.phx_path_name(number).decode() for number in numbers]
 
     def describe(self) -> str:
         """The instruction set and the threads, in words."""
@@ -247,8 +259,17 @@ def _matrix(slices: Slices) -> tuple[int, ...]:
     return (*(part.data_ptr() for part in parts), slices.order.numel(), slices.columns, CODES[slices.values])
 
 
-def _not_here(path: str, available: list[str]) -> str:
-    return f"{VARIABLE}: {path!r} can't be used here; choose one of {', '.join([*available, 'torch'])}"
+def proven(path: str | None = None) -> Library:
+    """The library with an instruction set, compared with the portable one if it is among the `UNPROVEN`.
+
+    Raises:
+        OSError: it can't be opened.
+        PhoenixError: that instruction set isn't there, or computes wrongly here.
+    """
+    found = Library(FILE, path)
+    if found.path in UNPROVEN:
+        prove(found, Library(FILE, "portable"))
+    return found
 
 
 @cache
@@ -258,13 +279,13 @@ def library() -> Library | None:
     Where the library can't be opened, that is said once.
 
     Raises:
-        PhoenixError: `PHOENIX_KERNEL` asks for what isn't there.
+        PhoenixError: `PHOENIX_KERNEL` asks for what isn't there, or for what computes wrongly here.
     """
     path = os.environ.get(VARIABLE) or None
     if path == "torch":
         return None
     try:
-        return Library(FILE, path)
+        return proven(path)
     except OSError as error:
         if path is not None:
             raise PhoenixError(f"{VARIABLE}: {path!r} needs the compiled kernels, and {_reason(error)}") from error
