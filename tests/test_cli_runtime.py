@@ -71,7 +71,10 @@ def test_bench_measures_training(sparse, tmp_path):
         (("generate", "MODEL", ""), "the prompt is empty"),
         (("generate", "MODEL", "Hello", "--prefill", "fast"), "'fast' is none of packed, dense, semi, auto"),
         (("generate", "MODEL", "Hello", "--prefill", "dense"), "isn't packed, and multiplies densely as it is"),
-        (("bench", "MODEL", "--prefill", "semi", "--device", "cpu"), "not torch's on cpu; give packed or auto"),
+        (
+            ("bench", "MODEL", "--prefill", "semi", "--device", "cpu"),
+            "copies are for GPUs, and this is cpu; give packed or auto",
+        ),
         (("bench", "DENSE", "--training"), "has no zeros to train through"),
         (("flops", "llama-3-8b", "--sparsity", 1.5), "give a share from 0 to below 1"),
         (("flops", "llama-3-9b"), "is not a directory"),

@@ -55,6 +55,20 @@ def test_plan_runs_nothing(file, tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_a_sweep_that_keeps_results_alone_needs_less_room(file):
+    from phoenix_sparse.sweep.matrix import load_sweep
+    from phoenix_sparse.sweep.planning import estimated_cost
+
+    def room(*changes: str) -> float:
+        return estimated_cost(load_sweep(file, ["modes=[sparse_to_sparse, sparse_to_dense]", *changes]))["disk_bytes"]
+
+    many = "seeds=[0, 1, 2, 3, 4, 5]"
+    whole, light = room(many), room(many, "keep=results")
+    assert 0 < light < whole / 2
+    assert light < room(many, "keep=results", "engine.workers=3") < whole  # which are at work at once
+    assert room(many, "keep=results", "share=false") < light  # nothing is kept for others
+
+
 def test_a_failed_run_is_exit_code_3_and_resume_mends_it(file):
     done = phx("sweep", "run", file)
     assert done.exit_code == 3, done.output

@@ -50,7 +50,9 @@ def _throughput(record: Mapping[str, Any]) -> "Table":
 def _kept(record: Mapping[str, Any]) -> str:
     """What packed linears kept for prompts, if anything: the weights then count it."""
     prefill = record.get("prefill", "packed")
-    return "" if prefill == "packed" else f", prefill={prefill}"
+    if prefill == "packed":
+        return ""
+    return f", prefill={prefill}, which kept {' and '.join(record.get('copies', ())) or 'nothing'}"
 
 
 def _training(record: Mapping[str, Any]) -> "Table":

@@ -88,7 +88,8 @@ def measure(
 
     Returns:
         `weight_bytes` of both forms, `throughput` (see there), `layers` (see there; empty unless asked for), and what
-        it was measured on: `dtype`, `values`, `prefill`, `threads`, `torch`.
+        it was measured on: `dtype`, `values`, `prefill`, `copies` (what was kept for it, the dense form being on the GPU,
+        too), `threads`, `torch`.
 
     Raises:
         PhoenixError: the model can't be loaded, has too short a context, or is not sparse enough to be packed; or it
@@ -107,6 +108,7 @@ def measure(
         "dtype": str(model.dtype).removeprefix("torch."),
         "values": str(_values(first).dtype).removeprefix("torch."),
         "prefill": prefill,
+        "copies": pair.copies,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "weight_bytes": {form: pair.bytes(form) for form in pair.forms},
@@ -144,6 +146,16 @@ class Pair:
         if not self.forms["sparse"]:
             raise PhoenixError("bench: no linear of this model is sparse enough to be packed; prune it first")
         self.heads = _heads(model)
+
+    @property
+    def copies(self) -> list[str]:
+        """What packed linears keep beside their packed form: dense, semi, both, or nothing."""
+        layers = [layer for layer in self.forms["sparse"].values() if isinstance(layer, CudaLinear)]
+        there = {
+            "dense": any(layer.dense_copy is not None for layer in layers),
+            "semi": any(layer.semi_structured is not None for layer in layers),
+        }
+        return [name for name, kept in there.items() if kept]
 
     @contextmanager
     def as_(self, form: str) -> Iterator[Any]:

@@ -57,14 +57,16 @@ def estimated_cost(sweep: Sweep) -> dict[str, float]:
     """Training time and disk of all runs, as `phx plan` estimates them, one estimate for each model and task.
 
     Training is that of the runs and of the dense baselines that are left after sharing; what runs share on the disk is
-    counted for each of them.
+    counted for each of them. With `keep: results` a run leaves its masks there, those at work have all of theirs, and
+    what is shared stays until the end.
     """
     from phoenix_sparse.pipeline import prepare
     from phoenix_sparse.plan import estimate
 
     known: dict[tuple[Any, ...], dict[str, Any]] = {}
-    seconds = disk = 0.0
-    baselines = set()
+    seconds = disk = largest = 0.0
+    baselines, pruned = set(), set()
+    light, share = sweep.settings.keep == "results", sweep.settings.share
     for cell in sweep.cells:
         kind = (cell.axes["model"], cell.axes["task"])
         if kind not in known:
@@ -74,14 +76,23 @@ def estimated_cost(sweep: Sweep) -> dict[str, float]:
         passes = cell.recipe.finetune.passes
         one = figures["seconds"]["training, at that rate"] / (passes + trainings - 1)
         seconds += passes * one
-        inputs = inputs_of("baseline dense_lora", cell.recipe, _nameless(cell.recipe))
-        assert inputs is not None
-        key = key_of(inputs) if sweep.settings.share else cell.name
+        key = _key("baseline dense_lora", cell.recipe) if share else cell.name
         if trainings > 1 and key not in baselines:
             baselines.add(key)
             seconds += one
-        disk += figures["disk_bytes"]["in all"]
-    return {"training_seconds": seconds, "disk_bytes": disk}
+        bytes_ = figures["disk_bytes"]
+        largest = max(largest, bytes_["in all"])
+        disk += bytes_["masks"] if light else bytes_["in all"]
+        if light and share and (pruning := _key("sparsify", cell.recipe)) not in pruned:
+            pruned.add(pruning)
+            disk += bytes_["models"] / (1 + trainings)
+    return {"training_seconds": seconds, "disk_bytes": disk + light * sweep.settings.engine.workers * largest}
+
+
+def _key(stage: str, recipe: Recipe) -> str:
+    inputs = inputs_of(stage, recipe, _nameless(recipe))
+    assert inputs is not None
+    return key_of(inputs)
 
 
 def _stages(recipe: Recipe) -> list[str]:
