@@ -88,8 +88,8 @@ def measure(
 
     Returns:
         `weight_bytes` of both forms, `throughput` (see there), `layers` (see there; empty unless asked for), and what
-        it was measured on: `dtype`, `values`, `prefill`, `copies` (what was kept for it, the dense form being on the GPU,
-        too), `threads`, `torch`.
+        it was measured on: `dtype`, `values`, `prefill`, `copies` (what was kept for it, while the dense form lay on
+        the GPU, too), `threads`, `torch`.
 
     Raises:
         PhoenixError: the model can't be loaded, has too short a context, or is not sparse enough to be packed; or it
