@@ -137,8 +137,8 @@ def sections(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[Plot]]]:
         text = f"Measured training tokens per second on {task} against sparsity"
         caption = (
             f"{task}, {model}. The fine-tune, as each run measured it, means over methods and seeds; several runs may "
+            "have shared the machine. Resumed ones are left out."
         )
-        caption += "have shared the machine. Resumed ones are left out."
         speed += _plot(training_plot(group, _name("t", f"{model} {task}")), text, caption)
     yield "throughput", "Throughput against sparsity", speed
     yield "cost", "What sparse-to-dense costs", [*_costs(rows)]
@@ -185,8 +185,10 @@ def _fronts(rows: Sequence[Row]) -> Iterable[Plot]:
 def _costs(rows: Sequence[Row]) -> Iterable[Plot]:
     for (model, task), group in grouped(rows, "model", "task").items():
         text = f"Accuracy on {task} of sparse-to-dense minus that of sparse-to-sparse, against sparsity"
-        caption = f"{task}, {model}. Below zero: training through the mask was the better way. Pairs of runs that "
-        caption += "differ in the mode alone; a difference has the errors of both."
+        caption = (
+            f"{task}, {model}. Below zero: training through the mask was the better way. Pairs of runs that differ in "
+            "the mode alone; a difference has the errors of both."
+        )
         yield from _plot(cost_plot(group, _name("c", f"{model} {task}")), text, caption)
 
 

@@ -84,13 +84,7 @@ def run_sweep(sweep: Sweep, out: Path, *, resume: bool, tell: Tell | None = None
         finally:
             found = standings(places, names)
             write_registry(places, sweep.cells, found)
-        for one in found:  # a run that was killed while it removed its models is done, and has some left
-            if (
-                one.state == "done"
-                and (known := attempts(places.cell(one.name)))
-                and not known[-1].get("keep_models", 1)
-            ):
-                remove_models(places.run(one.name))
+        _finish_removals(places, found)
         if light and all(one.state == "done" for one in found):
             shutil.rmtree(places.shared, ignore_errors=True)  # no run is left to take anything from it
     return found
@@ -149,6 +143,14 @@ def cell_recipe(places: Places, name: str) -> Recipe:
     if not path.is_file():
         raise PhoenixError(f"{places.out}: no cell {name!r}; `phx sweep plan --cells` names them")
     return load_recipe(path)
+
+
+def _finish_removals(places: Places, found: list[Standing]) -> None:
+    """Remove what a run that was killed in its removal has left of its models: it is done, and not begun again."""
+    for one in found:
+        known = attempts(places.cell(one.name))
+        if one.state == "done" and known and not known[-1].get("keep_models", True):
+            remove_models(places.run(one.name))
 
 
 def remove_models(run: Path) -> None:
