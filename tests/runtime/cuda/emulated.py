@@ -19,14 +19,15 @@ ENTRY = """
 extern "C" long run_linear(int grid, bool late, void** p, Shape shape) {
     lazy = late;
     return launch(grid, NW * 32, [=] {
-        phx_linear((unsigned char*)p[0], (uint2*)p[1], (u32*)p[2], (int4*)p[3], (u16*)p[4], (float*)p[5], (float*)p[6],
-                   (u16*)p[7], (float*)p[8], (u32*)p[9], shape);
+        phx_linear((unsigned char*)p[0], (uint2*)p[1], (u32*)p[2], (int4*)p[3], (unsigned char*)p[4], (u16*)p[5],
+                   (float*)p[6], (float*)p[7], (u16*)p[8], (float*)p[9], (u32*)p[10], shape);
     });
 }
 extern "C" long run_expand(int grid, bool late, void** p, Shape shape) {
     lazy = late;
     return launch(grid, NW * 32, [=] {
-        phx_expand((unsigned char*)p[0], (uint2*)p[1], (u32*)p[2], (int4*)p[3], (u16*)p[4], shape);
+        phx_expand((unsigned char*)p[0], (uint2*)p[1], (u32*)p[2], (int4*)p[3], (unsigned char*)p[4], (u16*)p[5],
+                   shape);
     });
 }
 """
@@ -69,7 +70,7 @@ def library(options: tuple[tuple[str, int], ...], path: Path = compiling.SOURCE,
 
 
 def _run(name: str, layout: Layout, eights: int, late: bool, batch: int, *tensors: torch.Tensor | None) -> None:
-    parts = [layout.values, layout.bitmaps, layout.headers, layout.warps, *tensors]
+    parts = [layout.values, layout.bitmaps, layout.headers, layout.warps, layout.offsets, *tensors]
     pointers = (ctypes.c_void_p * len(parts))(*[None if part is None else part.data_ptr() for part in parts])
     run = getattr(library(tuple(macros(layout, eights).items())), name)
     assert run(layout.groups * layout.slabs, late, pointers, shape_of(layout, batch)) == 0

@@ -110,6 +110,7 @@ static uint2 read64(u32 a) { return read<uint2>(a); }
 static uint4 read128(u32 a) { return read<uint4>(a); }
 static void copy16(u32 to, const void* from) { issue(to, from, 16); }
 static void copy8(u32 to, const void* from) { issue(to, from, 8); }
+static void copy4(u32 to, const void* from) { issue(to, from, 4); }
 static void commit() {
     Fiber& f = fibers[current];
     f.groups.push_back(std::move(f.open));

@@ -7,7 +7,7 @@ from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.runtime.cuda import compiling
 from phoenix_sparse.runtime.cuda.layout import TAIL, TILE_COLUMNS, TOGETHER, WORD
 from phoenix_sparse.runtime.cuda.linear import CudaLinear, prove
-from phoenix_sparse.runtime.cuda.product import ROW, SLOTS, SUMMED
+from phoenix_sparse.runtime.cuda.product import ROW, SLOTS, SUMMED_ROWS
 from phoenix_sparse.runtime.packed import pack
 from phoenix_sparse.runtime.sparse_linear import SparseLinear
 
@@ -61,9 +61,10 @@ def test_source_and_launcher_agree_on_sizes():
         ("SLOTS", SLOTS),
         ("COLUMNS", TILE_COLUMNS),
         ("TOGETHER", TOGETHER),
-        ("SUMMED", SUMMED),
     ]
     assert [(name, int(size)) for name, size in found] == sizes
+    assert f"#define SUMMED (NT > 2 ? {SUMMED_ROWS[4]} : {SUMMED_ROWS[1]}) " in source
+    assert "#define PITCH (SUMMED * 16 + 4) " in source
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -46,11 +46,13 @@ def layout_of(weight, plan, dtype=torch.bfloat16):
 
 def decode(layout: Layout) -> torch.Tensor:
     """The matrix again, one position after another, by nothing but the layout's description."""
-    sequence, _ = order(layout.tiles, layout.blocks, layout.groups, layout.slabs, layout.warps_per_block)
+    sequence, counts = order(layout.tiles, layout.blocks, layout.groups, layout.slabs, layout.warps_per_block)
     dense = torch.zeros(layout.tiles * 16, layout.blocks * 128, dtype=torch.int64)
-    for first, eights, count, _ in layout.warps.tolist():
+    for (first, eights, *_), count, offsets in zip(
+        layout.warps.tolist(), counts.tolist(), layout.offsets.tolist(), strict=True
+    ):
         streams = layout.values[eights * 8 :].view(torch.uint8).transpose(0, 1).reshape(LANES, -1).tolist()
-        window, at = 0, [0] * LANES
+        window, at = 0, [offset for (offset,) in offsets]
         for number in range(first, first + count):
             step = 4 * (int(layout.headers[number]) % 256)
             window, at = window + step, [max(place - step, 0) for place in at]

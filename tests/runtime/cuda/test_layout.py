@@ -32,8 +32,11 @@ def layout_of(weight, plan):
 def decode(layout: Layout, sequence: torch.Tensor) -> torch.Tensor:
     """The matrix again, one position after another, by nothing but the layout's description."""
     dense = torch.zeros(layout.tiles * 16, layout.blocks * 128)
-    for first, eights, count, _ in layout.warps.tolist():
-        memory, window, at = layout.values[eights * 8 :].float(), 0, torch.zeros(LANES, 2, dtype=torch.int64)
+    _, counts = order(layout.tiles, layout.blocks, layout.groups, layout.slabs, layout.warps_per_block)
+    for (first, eights, *_), count, offsets in zip(
+        layout.warps.tolist(), counts.tolist(), layout.offsets.long(), strict=True
+    ):
+        memory, window, at = layout.values[eights * 8 :].float(), 0, offsets.clone()
         for number in range(first, first + count):
             step = int(layout.headers[number]) % 256
             window, at = window + step, (at - step).clamp(min=0)
@@ -69,8 +72,7 @@ def test_a_layout_holds_the_matrix(out, columns, density, seed, plan):
     weight = sparse(out, columns, density, seed)
     weight[seed % out] = 0
     layout = layout_of(weight, plan)
-    sequence, counts = order(layout.tiles, layout.blocks, layout.groups, layout.slabs, plan.warps)
-    assert torch.equal(layout.warps[:, 2].long(), counts)
+    sequence, _ = order(layout.tiles, layout.blocks, layout.groups, layout.slabs, plan.warps)
     assert torch.equal(decode(layout, sequence), weight.float())
 
 

@@ -27,12 +27,14 @@
 #define BITS 32                       // of a lane's word in a row
 #define ROW 128                       // bytes
 #define COPIED (8 * ROW)              // bytes of the rows that are copied at once
-#define SLOTS 8                       // bitmaps in flight; more than DEPTH
-#define SLOT (2 * ROW)
-#define WARP_BYTES ((RING + TAIL) * ROW + SLOTS * SLOT)
+#define SLOTS 8                       // bitmaps and headers in flight; more than DEPTH
+#define SLOT (2 * ROW)                // bytes of a bitmap; a header has 4
+#define WARP_BYTES ((RING + TAIL + 1) * ROW + SLOTS * SLOT)
 #define COLUMNS 128                   // of a tile
 #define TOGETHER 8                    // rows of tiles that go through the columns together, for x to be read less often
-#define SUMMED 4                      // of them, whose sums of all warps are in shared memory at a time
+#define SUMMED (NT > 2 ? 2 : 4)       // of them, whose sums of all warps are in shared memory at a time
+#define PITCH (SUMMED * 16 + 4)       // from one row of x to the next in those, so that lanes hit all banks
+#define AHEAD (NT == 1 || (NT == 2 && NW <= 8))  // whether registers have room for x of the next columns, too
 
 // Of int8 values: the byte of a missing one, four times; and pairs of floats.
 #define ABSENT 0x7f7f7f7fu
@@ -69,6 +71,10 @@ __device__ __forceinline__ void copy8(u32 to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
 }
 
+__device__ __forceinline__ void copy4(u32 to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int N>
@@ -86,17 +92,18 @@ __device__ __forceinline__ void multiply(float* c, const u32* a, u32 b0, u32 b1)
 
 // -- end of instructions
 
-// One warp's way through its streams.
+// One warp's way through its streams. What a tile needs is copied to shared memory DEPTH tiles ahead, its header too: a
+// load to a register would be waited for, as such a load queues behind the copies.
 struct Reader {
     const unsigned char* values;      // the next rows to copy, this lane's part
     const uint2* bitmaps;             // of the next tile to copy, this lane's words
-    const u32* headers;               // of the tile after those two
-    u32 ring, slots;                  // addresses in shared memory, this lane's part of a copy and words
+    const u32* headers;               // likewise: step, 256 · copies to make for the tile that is DEPTH ahead
+    u32 ring, slots, heads;           // addresses in shared memory: this lane's part of a copy, its words, headers
     u32 filled;                       // bytes into the ring where the next copy goes
     u32 base;                         // bytes into the ring where the window begins; for int8 bits of a lane's words
     u32 low, high;                    // from there to this lane's streams; for int8 low alone
-    u32 header, following;            // of the tile to decode next and of that after it: step, 256 · copies to make
-    u32 taken, given;                 // slots of bitmaps: the next to decode, the next to fill
+    u32 header;                       // of the tile that was decoded last
+    u32 taken, given;                 // slots: the next to decode, the next to fill
 
     __device__ __forceinline__ void rows(u32 copies) {
 #pragma unroll 1
@@ -115,25 +122,36 @@ struct Reader {
 
     __device__ __forceinline__ void words() {
         copy8(slots + given, bitmaps);
+        if ((threadIdx.x & 31) == 0) copy4(heads + given / (SLOT / 4), headers);
         bitmaps += 32;
+        ++headers;
         given = (given + SLOT) & (SLOTS * SLOT - 1);
     }
 
-    __device__ __forceinline__ void start(const int4 info, const unsigned char* streams, const uint2* maps,
-                                          const u32* heads, u32 memory) {
+    // The arrays of the matrix, a warp's number, and its shared memory.
+    __device__ __forceinline__ void start(const int4* warps, const unsigned char* offsets, const unsigned char* streams,
+                                          const uint2* maps, const u32* from, u32 number, u32 memory) {
         const int lane = threadIdx.x & 31;
+        const int4 info = warps[number];
+#if INT8
+        low = offsets[number * 32 + lane] * 8;
+#else
+        low = offsets[(number * 32 + lane) * 2] * ROW;
+        high = offsets[(number * 32 + lane) * 2 + 1] * ROW;
+#endif
         values = streams + (u64)(u32)info.y * COPIED + lane * 16;
         bitmaps = maps + (u64)(u32)info.x * 32 + lane;
-        headers = heads + info.x;
+        headers = from + info.x;
         ring = memory + lane * 16;
         slots = memory + (RING + TAIL) * ROW + lane * 8;
-        filled = base = low = high = taken = given = 0;
-        for (int i = 0; i < DEPTH; ++i) words();
-        rows(info.w);
-        commit();
-        for (int i = 1; i < DEPTH; ++i) commit();
-        header = *headers++;
-        following = *headers++;
+        heads = memory + (RING + TAIL) * ROW + SLOTS * SLOT;
+        filled = base = taken = given = 0;
+#pragma unroll 1
+        for (int i = 0; i < DEPTH; ++i) {
+            words();
+            rows((i < 4 ? info.z >> i * 8 : info.w >> (i - 4) * 8) & 0xff);
+            commit();
+        }
     }
 
     // The fragments of the next tile: a[4 s + r] is register r of the s-th product over 16 columns.
@@ -141,6 +159,7 @@ struct Reader {
         wait<DEPTH - 1>();
         __syncwarp();
         const uint2 both = read64(slots + taken);
+        header = read32(heads + taken / (SLOT / 4));
         taken = (taken + SLOT) & (SLOTS * SLOT - 1);
 #if INT8
         const int step = (header & 0xff) * BITS;
@@ -201,14 +220,12 @@ struct Reader {
     }
 
     // Copy for the tile that is DEPTH ahead, into what this one left behind. Beyond the warp's last tile that copies
-    // a bitmap which nobody reads.
+    // a bitmap and a header which nobody reads.
     __device__ __forceinline__ void advance() {
         __syncwarp();
         words();
         rows(header >> 8);
         commit();
-        header = following;
-        following = *headers++;
     }
 };
 
@@ -258,21 +275,25 @@ struct Columns {
 };
 
 extern "C" __global__ void __launch_bounds__(NW * 32, 1)
-phx_linear(const unsigned char* values, const uint2* bitmaps, const u32* headers, const int4* warps, const u16* x,
-           const float* scales, const float* bias, u16* y, float* sums, u32* counters, Shape shape) {
+phx_linear(const unsigned char* values, const uint2* bitmaps, const u32* headers, const int4* warps,
+           const unsigned char* offsets, const u16* x, const float* scales, const float* bias, u16* y, float* sums,
+           u32* counters, Shape shape) {
     extern __shared__ __align__(128) unsigned char memory[];
     __shared__ u32 arrived;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const int group = blockIdx.x % shape.groups, slab = blockIdx.x / shape.groups;
     Reader reader;
-    reader.start(warps[blockIdx.x * NW + warp], values, bitmaps, headers, shared_address(memory + warp * WARP_BYTES));
+    reader.start(warps, offsets, values, bitmaps, headers, blockIdx.x * NW + warp,
+                 shared_address(memory + warp * WARP_BYTES));
     await_previous();
 
     const int first_tile = (int)((u64)shape.tiles * group / shape.groups);
     const int last_tile = (int)((u64)shape.tiles * (group + 1) / shape.groups);
     const Share share(slab, shape);
     const Columns columns(x, shape);
-    float* partial = (float*)(memory + NW * WARP_BYTES);  // [NW][NT * 8][SUMMED * 16]
+    float* partial = (float*)(memory + NW * WARP_BYTES);  // [NW][NT * 8][PITCH]
+    uint4 b[NT][4];
+    if (AHEAD) columns.fetch(b, min(share.first(warp, first_tile), shape.blocks - 1));
 
     for (int tile = first_tile; tile < last_tile; tile += TOGETHER) {
         const int first = share.first(warp, tile), last = share.first(warp + 1, tile);
@@ -283,8 +304,11 @@ phx_linear(const unsigned char* values, const uint2* bitmaps, const u32* headers
 #pragma unroll
             for (int n = 0; n < NT; ++n) c[u][n][0] = c[u][n][1] = c[u][n][2] = c[u][n][3] = 0.0f;
         for (int block = first; block < last; ++block) {
-            uint4 b[NT][4];
-            columns.fetch(b, block);
+            uint4 next[NT][4];
+            if (AHEAD)
+                columns.fetch(next, block + 1 < last ? block + 1 : min(share.first(warp, tile + TOGETHER), shape.blocks - 1));
+            else
+                columns.fetch(b, block);
 #pragma unroll
             for (int u = 0; u < TOGETHER; ++u) {
                 if (u >= together) break;
@@ -299,8 +323,13 @@ phx_linear(const unsigned char* values, const uint2* bitmaps, const u32* headers
                 }
                 reader.advance();
             }
+            if (AHEAD)
+#pragma unroll
+                for (int n = 0; n < NT; ++n)
+#pragma unroll
+                    for (int s = 0; s < 4; ++s) b[n][s] = next[n][s];
         }
-        float* mine = partial + warp * (NT * 8 * SUMMED * 16);
+        float* mine = partial + warp * (NT * 8 * PITCH);
         const int row = lane >> 2, column = (lane & 3) * 2;
 #pragma unroll
         for (int part = 0; part < TOGETHER; part += SUMMED) {
@@ -310,19 +339,19 @@ phx_linear(const unsigned char* values, const uint2* bitmaps, const u32* headers
             for (int u = 0; u < SUMMED; ++u)
 #pragma unroll
                 for (int n = 0; n < NT; ++n) {
-                    float* at = mine + (n * 8 + column) * (SUMMED * 16) + u * 16 + row;
+                    float* at = mine + (n * 8 + column) * PITCH + u * 16 + row;
                     at[0] = c[part + u][n][0];
-                    at[SUMMED * 16] = c[part + u][n][1];
+                    at[PITCH] = c[part + u][n][1];
                     at[8] = c[part + u][n][2];
-                    at[SUMMED * 16 + 8] = c[part + u][n][3];
+                    at[PITCH + 8] = c[part + u][n][3];
                 }
             __syncthreads();
             for (int k = threadIdx.x; k < shape.batch * SUMMED * 16; k += NW * 32) {
-                const int out = (tile + part) * 16 + k % (SUMMED * 16), n = k / (SUMMED * 16);
+                const int in = k % (SUMMED * 16), out = (tile + part) * 16 + in, n = k / (SUMMED * 16);
                 if (out >= min(shape.rows, last_tile * 16)) continue;
                 float sum = 0.0f;
 #pragma unroll
-                for (int w = 0; w < NW; ++w) sum += partial[w * (NT * 8 * SUMMED * 16) + k];
+                for (int w = 0; w < NW; ++w) sum += partial[(w * NT * 8 + n) * PITCH + in];
                 if (shape.slabs == 1)
                     finish(y, sum, scales, bias, out, n, shape);
                 else
@@ -351,13 +380,14 @@ phx_linear(const unsigned char* values, const uint2* bitmaps, const u32* headers
 
 // W itself, (rows, 128 · blocks), row by row.
 extern "C" __global__ void __launch_bounds__(NW * 32, 1)
-phx_expand(const unsigned char* values, const uint2* bitmaps, const u32* headers, const int4* warps, u16* dense,
-           Shape shape) {
+phx_expand(const unsigned char* values, const uint2* bitmaps, const u32* headers, const int4* warps,
+           const unsigned char* offsets, u16* dense, Shape shape) {
     extern __shared__ __align__(128) unsigned char memory[];
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const int group = blockIdx.x % shape.groups, slab = blockIdx.x / shape.groups;
     Reader reader;
-    reader.start(warps[blockIdx.x * NW + warp], values, bitmaps, headers, shared_address(memory + warp * WARP_BYTES));
+    reader.start(warps, offsets, values, bitmaps, headers, blockIdx.x * NW + warp,
+                 shared_address(memory + warp * WARP_BYTES));
     await_previous();
     const int first_tile = (int)((u64)shape.tiles * group / shape.groups);
     const int last_tile = (int)((u64)shape.tiles * (group + 1) / shape.groups);

@@ -9,6 +9,9 @@ lane by lane, two bytes each. Of int8 values a lane has one stream, whose values
 Lanes keep different numbers of values, so their streams drift apart. At each tile the warp's window moves on, `step`
 rows, so far that no lane is more than `slack` rows behind its end; a lane that is further behind skips what lies before
 the window. Kernel and layout follow the same rule, hence nothing but the steps is stored.
+
+The streams go on from one warp of a block of threads to the next, or those of all lanes would have to end together, and
+the longest of them would say where. So a warp also knows where in its first rows each of its lanes begins.
 """
 
 from dataclasses import dataclass
@@ -18,7 +21,7 @@ from torch import Tensor
 
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.runtime.cuda.operands import FLOATS
-from phoenix_sparse.runtime.cuda.windows import COPIED, ring_for, walk
+from phoenix_sparse.runtime.cuda.windows import COPIED, part, ring_for, walk
 from phoenix_sparse.runtime.kernels import portable
 
 TILE_ROWS, TILE_COLUMNS, LANES = 16, 128, 32
@@ -27,6 +30,7 @@ TAIL = {1: 16, 2: 32}
 TOGETHER = 8  # rows of tiles that a warp takes through its columns together
 SLAB = 8192  # columns that one block of threads handles, at most: it reads all of x's for every eight rows of tiles
 WORD = 4  # bytes of a lane in a row
+MOST_SLACK = 255 // WORD - COPIED  # offsets of lanes are bytes
 ABSENT = 127  # the byte that int8 values are subtracted from, which a missing one becomes
 CHUNK = 8192  # tiles whose values are placed at a time
 
@@ -38,7 +42,7 @@ class Plan:
     Attributes:
         processors: blocks of threads that run at once, one a multiprocessor.
         warps: of a block.
-        slack: rows that streams may drift apart.
+        slack: rows that streams may drift apart, at most `MOST_SLACK`.
         ring: rows that a warp has shared memory for, at most: enough for `slack` and a tile of nothing but values.
         deepest: tiles that copies may run ahead, at most; the kernel has room for 7.
     """
@@ -56,8 +60,11 @@ class Plan:
             or self.ring % COPIED
             or not 1 <= self.deepest <= 7
             or min(self.processors, self.warps) < 1
+            or not 0 <= self.slack <= MOST_SLACK
         ):
-            raise PhoenixError(f"layout: {self} can't be; its ring needs {least} rows, in eights")
+            raise PhoenixError(
+                f"layout: {self} can't be; its ring needs {least} rows, in eights, and slack at most {MOST_SLACK}"
+            )
 
 
 @dataclass
@@ -72,12 +79,16 @@ class Layout:
         depth: tiles that copies run ahead, as many as the ring holds.
         ring: rows of it that are needed.
         half: what products are in, 0 for bfloat16 and 1 for float16.
-        values: the streams: floats (rows of all warps, 32, 2), or int8 (rows of all warps, 32, 4) whose bits are the
+        values: the streams: floats (rows of all blocks, 32, 2), or int8 (rows of all blocks, 32, 4) whose bits are the
             byte 127 - value.
         bitmaps: int32 (tiles + depth, 32, 2); bit 8 (2 h + o) + q of word k is row lane // 4 + 8 h, column
             64 k + 16 (lane % 4) + 2 q + o.
-        headers: int32 (tiles + 2,): step, and 256 times the eights of rows to copy for the tile that is `depth` ahead.
-        warps: int32 (blocks of threads · warps, 4): first tile, first eight of rows, tiles, eights to copy at first.
+        headers: int32 (tiles + depth,): step, and 256 times the eights of rows to copy for the tile that is `depth`
+            ahead.
+        warps: int32 (blocks of threads · warps, 4): first tile, first eight of rows, and eights to copy for each of the
+            first `depth` tiles, a byte each.
+        offsets: uint8 (blocks of threads · warps, 32, streams), where a warp's streams begin, in values from its first
+            row.
         counters: int32 (groups,), 0 between launches; for two at once the matrix would need two of them.
     """
 
@@ -92,6 +103,7 @@ class Layout:
     bitmaps: Tensor
     headers: Tensor
     warps: Tensor
+    offsets: Tensor
     counters: Tensor
 
     @property
@@ -125,7 +137,7 @@ class Layout:
 
     def tensors(self) -> list[Tensor]:
         """The arrays, in the order of the fields."""
-        return [self.values, self.bitmaps, self.headers, self.warps, self.counters]
+        return [self.values, self.bitmaps, self.headers, self.warps, self.offsets, self.counters]
 
 
 def divide(tiles: int, blocks: int, processors: int) -> tuple[int, int]:
@@ -215,20 +227,24 @@ def build(
     number = (first[:, None] + torch.arange(longest, device=device)).where(present, 0)
     sizes = kept.sum(-1, dtype=torch.int32)  # (tiles, 32, 2)
     sizes = (sizes.sum(-1, dtype=torch.int32) if whole else sizes.flatten(1))[sequence]  # (tiles, lanes · streams)
-    starts, steps, ends = walk(sizes, number, present, plan.slack, per_row)
+    chains = (number.view(-1, plan.warps * longest), present.view(-1, plan.warps * longest))
+    found = walk(sizes, *chains, plan.slack, per_row)
+    rows = (found[2][:, -1] + COPIED - 1) // COPIED  # eights of each block's memory
+    starts, windows, ends = (one.reshape(len(counts), longest, *one.shape[2:]) for one in found)
+    begins, offsets, steps, eights = part(starts, windows, ends, counts, per_row)
+    before = (rows.cumsum(0) - rows).repeat_interleave(plan.warps)
 
-    eights = (ends + COPIED - 1) // COPIED  # by warp and tile, never falling
-    per_warp = eights[:, -1]
-    fetch = eights.diff(dim=1, prepend=torch.zeros_like(eights[:, :1]))
+    fetch = eights.diff(dim=1, prepend=torch.zeros_like(eights[:, :1]))  # never negative
     depth, ring = ring_for(eights, steps.cumsum(1), plan.ring, plan.deepest, TAIL[stored.itemsize])
     ahead = torch.nn.functional.pad(fetch, (0, depth))[:, depth:]
-    headers = torch.nn.functional.pad((steps + ahead * 256)[present], (0, 2))
-    begins = per_warp.cumsum(0) - per_warp
-    warps = torch.stack([first, begins, counts, eights[:, min(depth, longest) - 1]], 1).int()
+    headers = torch.nn.functional.pad((steps + ahead * 256)[present], (0, depth))
+    at_first = torch.nn.functional.pad(fetch[:, :depth], (0, max(0, 8 - min(depth, longest))))
+    words = (at_first.view(-1, 2, 4) << torch.arange(0, 32, 8, device=device)).sum(-1)
+    warps = torch.cat([torch.stack([first, before + begins], 1), words], 1).int()
 
-    place = (begins[:, None, None] * (COPIED * per_row) + starts)[present]  # (tiles, lanes · streams): of first values
+    place = (before[:, None, None] * (COPIED * per_row) + starts)[present]  # (tiles, lanes · streams): of first values
     memory = torch.zeros(
-        max(1, int(per_warp.sum())) * COPIED, LANES, streams * per_row, dtype=stored.dtype, device=device
+        max(1, int(rows.sum())) * COPIED, LANES, streams * per_row, dtype=stored.dtype, device=device
     )
     bitmaps = torch.zeros(len(sequence) + depth, LANES, 2, dtype=torch.int32, device=device)
     lanes = torch.arange(streams * LANES, device=device).view(1, LANES, streams, 1) * per_row
@@ -256,6 +272,7 @@ def build(
         bitmaps,
         headers,
         warps,
+        offsets.view(-1, LANES, streams),
         counters,
     )
 

@@ -9,7 +9,10 @@ from phoenix_sparse.runtime.cuda.compiling import Kernel, kernel
 from phoenix_sparse.runtime.cuda.layout import TAIL, TILE_COLUMNS, TILE_ROWS, Layout
 from phoenix_sparse.runtime.cuda.operands import check
 
-ROW, SLOTS, SUMMED = 128, 8, 4  # as in kernels.cu: bytes of a row; bitmaps, two rows each; rows of tiles summed
+ROW, SLOTS = 128, 8  # as in kernels.cu: bytes of a row; bitmaps, two rows each, and one row of headers
+
+SUMMED_ROWS = {1: 4, 2: 4, 4: 2}
+"""Rows of tiles whose sums are in shared memory at a time, by eights of rows of x: SUMMED of kernels.cu."""
 
 
 class _Shape(ctypes.Structure):
@@ -34,7 +37,8 @@ def macros(layout: Layout, eights: int) -> dict[str, int]:
 def shared_bytes(warps: int, ring: int, batch: int = 0, tail: int = max(TAIL.values())) -> int:
     """Shared memory that a block of threads needs: rings and so many rows of them twice, bitmaps, and sums of so many
     rows of x (0: none)."""
-    return warps * ((ring + tail + 2 * SLOTS) * ROW + batch * SUMMED * TILE_ROWS * 4)
+    pitch = SUMMED_ROWS[-(-batch // 8) or 1] * TILE_ROWS + 4  # as in kernels.cu
+    return warps * ((ring + tail + 2 * SLOTS + 1) * ROW + batch * pitch * 4)
 
 
 def _kernel(name: str, layout: Layout, eights: int, batch: int) -> Kernel:
@@ -78,6 +82,7 @@ def multiply(x: Tensor, layout: Layout, scales: Tensor | None = None, bias: Tens
         layout.bitmaps,
         layout.headers,
         layout.warps,
+        layout.offsets,
         x,
         scales,
         bias,
@@ -107,6 +112,7 @@ def expand(layout: Layout, dense: Tensor | None = None) -> Tensor:
         layout.bitmaps,
         layout.headers,
         layout.warps,
+        layout.offsets,
         dense,
         shape_of(layout, 1),
     )

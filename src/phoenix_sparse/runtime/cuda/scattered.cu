@@ -81,7 +81,7 @@ __device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 
 
 // A warp's values and deltas: the next AHEAD chunks are on their way, across the ends of tasks. Each warp's first AHEAD
 // lie at the front, where they are found without looking anything up; behind the last chunk of all, AHEAD more may be
-// read.
+// read. Chunks keep their registers: to move one up would be to wait for it.
 struct Stream {
     const uint4* values;
     const uint2* deltas;
@@ -102,16 +102,10 @@ struct Stream {
         deltas = all_deltas + (u64)(u32)chunk * 32 + (threadIdx.x & 31);
     }
 
-    __device__ __forceinline__ void next(uint4& v0, uint2& d0) {
-        v0 = v[0];
-        d0 = d[0];
-#pragma unroll
-        for (int i = 0; i + 1 < AHEAD; ++i) {
-            v[i] = v[i + 1];
-            d[i] = d[i + 1];
-        }
-        v[AHEAD - 1] = fetch128(values);
-        d[AHEAD - 1] = fetch64(deltas);
+    // The one that comes after those on their way, in the place of one that was used.
+    __device__ __forceinline__ void refill(int place) {
+        v[place] = fetch128(values);
+        d[place] = fetch64(deltas);
         values += 32;
         deltas += 32;
     }
@@ -285,26 +279,34 @@ phx_scattered(const uint4* values, const uint2* deltas, const uint4* starts, con
     stream.go_on(values, deltas, info.x);
     __syncthreads();
     const u32 base = shared_address(memory);
-#pragma unroll 1
-    for (int t = 0; t < info.z; ++t) {
-        const Task task = next;
+    float sums[NB], scale, bias;
+    u32 at[WAYS];
+    int t = 0, row, left;
+    const auto begin = [&] {
+        row = next.row;
+        left = next.length;
+        next.begin(at, base, STRIDE);
+        scale = scales && row >= 0 ? __ldg(scales + row) : 1.0f;
+        bias = biases && row >= 0 ? __ldg(biases + row) : 0.0f;
         if (t + 1 < info.z) next.load(info.y + t, rows, lengths, starts);
-        const float scale = scales && task.row >= 0 ? __ldg(scales + task.row) : 1.0f;
-        const float bias = biases && task.row >= 0 ? __ldg(biases + task.row) : 0.0f;
-        u32 at[WAYS];
-        task.begin(at, base, STRIDE);
-        float sums[NB];
 #pragma unroll
         for (int n = 0; n < NB; ++n) sums[n] = 0.0f;
+    };
+    if (info.z == 0) return;
+    begin();
+    for (;;)
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
 #pragma unroll 1
-        for (int left = task.length; left; --left) {
-            uint4 v;
-            uint2 d;
-            stream.next(v, d);
-            add(sums, at, v, d);
+            while (left == 0) {
+                finish(sums, row, scale, bias, info.w, parts, counters, y, shape);
+                if (++t == info.z) return;
+                begin();
+            }
+            add(sums, at, stream.v[i], stream.d[i]);
+            stream.refill(i);
+            --left;
         }
-        finish(sums, task.row, scale, bias, info.w, parts, counters, y, shape);
-    }
 }
 
 // W itself, row by row `pitch` values apart (a multiple of 8). A warp sets its rows to zero just before their values
@@ -318,8 +320,10 @@ phx_scattered_expand(const uint4* values, const uint2* deltas, const uint4* star
     stream.start(values, deltas, warp);
     await_previous();
     stream.go_on(values, deltas, info.x);
-#pragma unroll 1
-    for (int t = 0; t < info.z; ++t) {
+    u16* to;
+    u32 at[WAYS];
+    int t = 0, left;
+    const auto begin = [&] {
         Task task;
         task.load(t == 0 ? warp : info.y + t - 1, rows, lengths, starts);
         u16* slab = dense + (u64)info.w * WIDTH;
@@ -331,21 +335,28 @@ phx_scattered_expand(const uint4* values, const uint2* deltas, const uint4* star
                 zeros[i] = make_uint4(0, 0, 0, 0);
         }
         __syncwarp();
-        u16* to = slab + (u64)max(task.row, 0) * shape.pitch;
-        u32 at[WAYS];
+        to = slab + (u64)max(task.row, 0) * shape.pitch;
         task.begin(at, 0, 1);
+        left = task.length;
+    };
+    if (info.z == 0) return;
+    begin();
+    for (;;)
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
 #pragma unroll 1
-        for (int left = task.length; left; --left) {
-            uint4 v;
-            uint2 d;
-            stream.next(v, d);
-            const u32 pairs[4] = {v.x, v.y, v.z, v.w};
+            while (left == 0) {
+                if (++t == info.z) return;
+                begin();
+            }
+            const u32 pairs[4] = {stream.v[i].x, stream.v[i].y, stream.v[i].z, stream.v[i].w};
 #pragma unroll
             for (int k = 0; k < WAYS; ++k) {
-                at[k] = advance(at[k], d, k, 1);
+                at[k] = advance(at[k], stream.d[i], k, 1);
                 const u16 bits = (u16)(k % 2 ? pairs[k / 2] >> 16 : pairs[k / 2]);
                 if (bits) to[at[k]] = bits;  // fillers lie where another lane may write
             }
+            stream.refill(i);
+            --left;
         }
-    }
 }

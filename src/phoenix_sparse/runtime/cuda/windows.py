@@ -1,4 +1,4 @@
-"""How the streams of a warp's lanes keep together: its window, and the ring in shared memory that holds it."""
+"""How the streams of lanes keep together: the window over them, the ring in shared memory that holds a warp's part of it."""
 
 import torch
 from torch import Tensor
@@ -7,36 +7,58 @@ COPIED = 8  # rows that are copied at once
 
 
 def walk(sizes: Tensor, number: Tensor, present: Tensor, slack: int, per_row: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where streams begin in each tile.
+    """Where streams begin in each tile, as they go from one of a block's warps on to the next.
 
     Args:
         sizes: int32 (tiles, streams), values of each stream.
-        number: (warps, longest), the tiles of each warp.
+        number: (blocks of threads, steps), the tiles of each block.
         present: likewise, whether there is such a tile.
         slack: rows that streams may drift apart.
         per_row: values of a stream in a row.
 
     Returns:
-        starts (warps, longest, streams), values of the stream before that, holes included; and rows of the warp's
-        memory: the window's steps (warps, longest), and the ends of what the tile needs (warps, longest).
+        starts (blocks, steps, streams), values of the stream before that, holes included; and rows of the block's
+        memory: where the window begins (blocks, steps), and the ends of what the tile needs (blocks, steps).
     """
     end = sizes.new_zeros(len(number), sizes.shape[1], dtype=torch.int64)
     window = end[:, 0]
-    starts, steps, ends = [], [], []
+    starts, windows, ends = [], [], []
     for i in range(number.shape[1]):
         here = present[:, i]
-        moved = torch.maximum(window, _rows(end, per_row) - slack).where(here, window)
-        begin = torch.maximum(end, moved[:, None] * per_row)
+        window = torch.maximum(window, _rows(end, per_row) - slack).where(here, window)
+        begin = torch.maximum(end, window[:, None] * per_row)
         end = (begin + sizes[number[:, i]]).where(here[:, None], end)
         starts.append(begin)
-        steps.append(moved - window)
+        windows.append(window)
         ends.append(_rows(end, per_row))
-        window = moved
-    return torch.stack(starts, 1), torch.stack(steps, 1), torch.stack(ends, 1)
+    return torch.stack(starts, 1), torch.stack(windows, 1), torch.stack(ends, 1)
+
+
+def part(starts: Tensor, windows: Tensor, ends: Tensor, counts: Tensor, per_row: int) -> tuple[Tensor, ...]:
+    """What `walk` found, cut into the warps of each block: neighbours share the rows in which both have values.
+
+    Args:
+        starts: (warps, longest, streams), as `walk` gives it for the warps of a block one after another.
+        windows: (warps, longest).
+        ends: (warps, longest).
+        counts: (warps,), tiles of each.
+        per_row: values of a stream in a row.
+
+    Returns:
+        begins (warps,), the eights of rows of the block's memory before each warp's first; offsets uint8
+        (warps, streams), where its streams begin, in values from there; steps (warps, longest), rows that its window
+        moves; eights (warps, longest) of rows, from its first, up to the end of each tile.
+    """
+    begins = windows[:, 0] // COPIED
+    steps = windows.diff(dim=1, prepend=begins[:, None] * COPIED)
+    some = (counts > 0)[:, None]
+    eights = ((ends + COPIED - 1) // COPIED - begins[:, None]) * some
+    offsets = (starts[:, 0] - begins[:, None] * (COPIED * per_row)) * some
+    return begins, offsets.to(torch.uint8), steps, eights
 
 
 def _rows(values: Tensor, per_row: int) -> Tensor:
-    """(warps,), the rows that the longest of each warp's streams (warps, streams) takes."""
+    """(blocks,), the rows that the longest of each block's streams (blocks, streams) takes."""
     return (values.amax(1) + per_row - 1) // per_row
 
 
