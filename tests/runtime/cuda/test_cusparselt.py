@@ -248,6 +248,14 @@ def test_products_are_compiled(library):
     assert torch.equal(compiled(x, compressed, 32, bias, (3, 1, 1)), y)
 
 
+def test_there_are_no_gradients(library):
+    library()
+    x, weight, _ = operands(16)
+    y = semi_structured.multiply(x.requires_grad_(), semi_structured.compress(weight), 32)
+    with pytest.raises(PhoenixError, match="2:4 products have no gradients; train the dense model"):
+        y.float().sum().backward()
+
+
 def test_old_libraries_are_refused():
     with pytest.raises(PhoenixError, match=r"cuSPARSELt 0\.6 is too old, 0\.7 is needed; update torch"):
         cusparselt.declared(Fake(version=(0, 6)).library)

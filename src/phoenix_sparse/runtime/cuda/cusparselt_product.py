@@ -19,6 +19,7 @@ from phoenix_sparse.runtime.cuda.cusparselt import (
     BY_ROWS,
     FLOAT32,
     KERNEL,
+    KERNELS,
     LOCK,
     MODE,
     NO,
@@ -93,6 +94,10 @@ class Plan:
             self._way = self._make("cusparseLtMatmulAlgSelectionInit", gone, product.at, USUAL)
             if algorithm is not None:
                 number, parts, mode = algorithm
+                if number > self._get(KERNELS):  # asked for first, since the library prints what it refuses
+                    raise Refused(
+                        f"prefill: cuSPARSELt has no kernel {number} for {rows} rows; give prefill=dense or packed"
+                    )
                 self._set("cusparseLtMatmulAlgSetAttribute", self._way, KERNEL, ctypes.c_int(number))
                 if parts != 1:
                     self._set("cusparseLtMatmulAlgSetAttribute", self._way, PARTS, ctypes.c_int(parts))
@@ -117,6 +122,12 @@ class Plan:
     def _set(self, name: str, of: Opaque, which: int, value: ctypes.c_int | ctypes.c_void_p) -> None:
         call(name, self._handle, of.at, which, ctypes.byref(value), ctypes.sizeof(value))
 
+    def _get(self, which: int) -> int:
+        value = ctypes.c_int()
+        size = ctypes.sizeof(value)
+        call("cusparseLtMatmulAlgGetAttribute", self._handle, self._way.at, which, ctypes.byref(value), size)
+        return value.value
+
     def run(self, x: Tensor, compressed: Tensor, y: Tensor, searching: bool = False) -> None:
         """Launch it on torch's current stream, on x's GPU as the current one.
 
@@ -136,13 +147,7 @@ class Plan:
 
     def way(self) -> Algorithm:
         """The algorithm that it has, or that a search has found."""
-        found = []
-        for which in (KERNEL, PARTS, MODE):
-            value = ctypes.c_int()
-            arguments = (which, ctypes.byref(value), ctypes.sizeof(value))
-            call("cusparseLtMatmulAlgGetAttribute", self._handle, self._way.at, *arguments)
-            found.append(value.value)
-        return found[0], found[1], found[2]
+        return self._get(KERNEL), self._get(PARTS), self._get(MODE)
 
     def close(self) -> None:
         """Free what the library holds for it; launches that are under way go on."""

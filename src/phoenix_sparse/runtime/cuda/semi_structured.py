@@ -113,7 +113,8 @@ def _semi_structured_linear(
         way = _found.get((x.device, x.dtype, (out, x.shape[1]), bias is not None))
     else:
         way = (algorithm[0], algorithm[1], algorithm[2])
-    return cusparselt_product.multiply(padded(x), compressed, out, bias, way)[: len(x)]
+    y = cusparselt_product.multiply(padded(x), compressed, out, bias, way)
+    return y if len(y) == len(x) else y[: len(x)]
 
 
 _OPERATORS.impl("semi_structured_linear", _semi_structured_linear, "CompositeExplicitAutograd")
@@ -145,7 +146,13 @@ def multiply(
     """
     chosen = None if algorithm is None else list(algorithm)
     y: Tensor = torch.ops.phoenix_sparse.semi_structured_linear.default(x, compressed, out, bias, chosen)
+    if y.requires_grad and not torch.compiler.is_compiling():
+        y.register_hook(_no_gradient)  # torch only warns, and gives none
     return y
+
+
+def _no_gradient(_: Tensor) -> None:
+    raise PhoenixError("prefill: 2:4 products have no gradients; train the dense model")
 
 
 def search(x: Tensor, compressed: Tensor, out: int, bias: Tensor | None = None) -> Algorithm:
@@ -156,7 +163,7 @@ def search(x: Tensor, compressed: Tensor, out: int, bias: Tensor | None = None) 
     return cusparselt_product.search(padded(x), compressed, out, bias)
 
 
-def settle(weight: Tensor, compressed: Tensor, bias: Tensor | None) -> None:
+def settle(weight: Tensor, compressed: Tensor, bias: Tensor | None) -> Algorithm:
     """Find the algorithm for products with a matrix of this shape, and try it; once for each GPU, dtype and shape.
 
     Args:
@@ -164,13 +171,16 @@ def settle(weight: Tensor, compressed: Tensor, bias: Tensor | None) -> None:
         compressed: W too, see `compress`.
         bias: (out,) in W's dtype, or None.
 
+    Returns:
+        What `multiply` then uses for this shape, with a bias or without.
+
     Raises:
         PhoenixError: cuSPARSELt fails, or gives other products than cuBLAS.
     """
     out, columns = weight.shape
     key = (weight.device, weight.dtype, (out, columns), bias is not None)
     if key in _found:
-        return
+        return _found[key]
     generator = torch.Generator(weight.device).manual_seed(0)  # one of its own: loading a model draws no numbers
     x = torch.randn(SEARCHED, columns, dtype=weight.dtype, device=weight.device, generator=generator)
     algorithm = search(x, compressed, out, bias)
@@ -184,6 +194,7 @@ def settle(weight: Tensor, compressed: Tensor, bias: Tensor | None) -> None:
                 "prefill=dense or packed, and report it"
             )
     _found[key] = algorithm
+    return algorithm
 
 
 @cache
