@@ -257,7 +257,7 @@ def test_there_are_no_gradients(library):
 
 
 def test_old_libraries_are_refused():
-    with pytest.raises(PhoenixError, match=r"cuSPARSELt 0\.6 is too old, 0\.7 is needed; update torch"):
+    with pytest.raises(PhoenixError, match=r"cuSPARSELt 0\.6 is too old; update torch for 0\.7 or newer"):
         cusparselt.declared(Fake(version=(0, 6)).library)
 
 
@@ -266,7 +266,7 @@ def test_there_is_no_library(monkeypatch):
         raise OSError(name)
 
     monkeypatch.setattr(ctypes, "CDLL", nothing)
-    with pytest.raises(PhoenixError, match=r"libcusparseLt\.so\.0 was not found, which torch brings; give"):
+    with pytest.raises(PhoenixError, match=r"libcusparseLt\.so\.0 was not found; install torch's own"):
         cusparselt.library.__wrapped__()
 
 

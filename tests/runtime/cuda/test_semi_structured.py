@@ -7,9 +7,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from phoenix_sparse.errors import PhoenixError
-from phoenix_sparse.runtime.cuda import semi_structured
+from phoenix_sparse.runtime.cuda import cusparselt, linear, semi_structured
 from phoenix_sparse.runtime.cuda.many_rows import SEMI_FROM, keep
-from runtime.cuda.matrices import error, layer_of, weight_of
+from phoenix_sparse.runtime.packed import pack
+from phoenix_sparse.runtime.sparse_linear import SparseLinear
+from runtime.cuda.fake_cusparselt import Fake
+from runtime.cuda.matrices import error, weight_of
 
 GPU = torch.device("cuda")
 CPU = torch.device("cpu")
@@ -90,7 +93,14 @@ def test_why_there_is_no_cusparselt(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "capability 7.5, and 2:4 products need 8.0" in semi_structured.why_not(GPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cusparselt, "library", lambda: None)
     assert semi_structured.why_not(GPU) is None
+
+    def old():
+        return cusparselt.declared(Fake(version=(0, 6)).library)
+
+    monkeypatch.setattr(cusparselt, "library", old)
+    assert semi_structured.why_not(GPU) == "cuSPARSELt 0.6 is too old; update torch for 0.7 or newer"
 
 
 @needs_gpu
@@ -101,7 +111,8 @@ def test_two_four_on_the_gpu(out, columns, dtype):
     weight = weight_of(out, columns, two_four=True, dtype=dtype)
     weight[3] = 0
     bias = torch.randn(out).to(dtype)
-    layer = layer_of(weight.cuda(), bias=nn.Parameter(bias.cuda(), requires_grad=False))
+    layer = linear.CudaLinear.of(SparseLinear.of(pack(weight), dtype, nn.Parameter(bias)).cuda())
+    weight, bias = weight.cuda().double(), bias.cuda().double()
     if not semi_structured.takes((out, columns), dtype, layer.weight.device):
         with pytest.raises(
             PhoenixError, match=rf"no kernel for the sizes of this model's 2:4 linears \({out}x{columns}\)"
@@ -113,20 +124,20 @@ def test_two_four_on_the_gpu(out, columns, dtype):
     for prefill in ("semi", "auto"):
         keep([layer], prefill, GPU)
         assert layer.semi_structured is not None
-        assert layer.semi_structured.nbytes <= weight.nbytes * semi_structured.COMPRESSED + 2**16
+        assert layer.semi_structured.nbytes <= 2 * out * columns * semi_structured.COMPRESSED + 2**16
         kept, errors, differing = layer.semi_structured.clone(), {}, []
         for rows in (1, 64, 65, 72, 300, SEMI_FROM, SEMI_FROM + 3, 2048):
-            x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(dtype)
-            y = layer(x.cuda())
+            x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(GPU, dtype)
+            y = layer(x)
             assert y.shape == (rows, out)
-            errors[rows] = error(y.cpu(), x.double() @ weight.double().t() + bias.double())
-            if not torch.equal(layer(x.cuda()), y):
+            errors[rows] = error(y, x.double() @ weight.t() + bias)
+            if not torch.equal(layer(x), y):
                 differing.append(rows)
         assert max(errors.values()) <= 6e-3, f"{prefill}: relative errors by rows {errors}"
         assert not differing, f"{prefill}: two runs differ with {differing} rows"
         assert torch.equal(layer.semi_structured, kept), f"{prefill}: products have changed the weight"
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-        assert torch.equal(compiled(x.cuda()), y), f"{prefill}: compiled it differs"
+        assert torch.equal(compiled(x), y), f"{prefill}: compiled it differs"
 
 
 @needs_gpu

@@ -76,7 +76,7 @@ def library() -> Any:
         except OSError:
             continue
         return declared(found)
-    raise PhoenixError(f"prefill: {_NAME} was not found, which torch brings; give prefill=dense or packed")
+    raise PhoenixError(f"prefill: {_NAME} was not found; install torch's own nvidia-cusparselt")
 
 
 def declared(found: Any) -> Any:
@@ -96,9 +96,7 @@ def declared(found: Any) -> Any:
         version.append(number.value)
     if tuple(version) < OLDEST:
         have, need = (".".join(map(str, pair)) for pair in (version, OLDEST))
-        raise PhoenixError(
-            f"prefill: cuSPARSELt {have} is too old, {need} is needed; update torch, or give prefill=dense or packed"
-        )
+        raise PhoenixError(f"prefill: cuSPARSELt {have} is too old; update torch for {need} or newer")
     return found
 
 

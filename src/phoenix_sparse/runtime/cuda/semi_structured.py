@@ -63,6 +63,10 @@ def why_not(device: torch.device) -> str | None:
     if capability < OLDEST:
         have, need = (".".join(map(str, pair)) for pair in (capability, OLDEST))
         return f"this GPU has compute capability {have}, and 2:4 products need {need}"
+    try:
+        cusparselt.library()
+    except PhoenixError as error:
+        return str(error).removeprefix("prefill: ")
     return None
 
 
