@@ -3,11 +3,10 @@
     PYTHONPATH=src python benchmarks/gpu_prefill.py --json gpu_prefill.json
 
 First single linears, 2:4 of random weights: cuBLAS (`dense`); W expanded for each product (`expand`, with its expansion
-alone beside it); cuSPARSELt in torch's algorithm with the result written transposed (`semi`, what Phoenix uses), with a
-result that is turned and copied (`copied`) or left as it is (`turned`), and in the algorithm that its search finds for
-these rows (`searched`) or for 2048 (`as 2048`). Launches wait in the queue behind a pause, so that their times are
-without the host's, which stands beside them (`host`). Each launch takes another copy of the weights, of which so many
-take turns that none is still in the level-2 cache.
+alone beside it); cuSPARSELt as Phoenix uses it, with the algorithm that its search finds for 2048 rows (`semi`), and
+with the one that it finds for these rows (`searched`). Launches wait in the queue behind a pause, so that their times
+are without the host's, which stands beside them (`host`). Each launch takes another copy of the weights, of which so
+many take turns that none is still in the level-2 cache.
 
 Then layers of Llama-3-8B's shape with 2:4 weights: prompts through the model as transformers has it, and with packed
 linears by each choice of `prefill`; once as the host launches it, and once behind a pause: the GPU alone. Results are
@@ -41,7 +40,6 @@ from phoenix_sparse.runtime.sparse_linear import SparseLinear
 
 DEVICE = torch.device("cuda")
 ROWS = [64, 128, 256, 512, 1024, 2048, 4096, 8192]
-SEARCHED = 2048  # rows that the algorithm of `as 2048` is searched for
 CHOICES = ("packed", "dense", "semi", "auto")
 TURNS = 4  # prompts in a row of one choice; the first isn't timed
 MOST, LONG = 48, 4e-3  # launches that are timed together: so many, or as many as take so many seconds
@@ -96,29 +94,21 @@ class Searches:
     def __init__(self, seconds: float) -> None:
         self.left, self.why = seconds, "there was no time"
 
-    def __call__(self, x: Tensor, compressed: Tensor) -> semi_structured.Algorithm | None:
+    def __call__(self, x: Tensor, compressed: Tensor, out: int) -> semi_structured.Algorithm | None:
         if self.left <= 0:
             return None
         start = time.perf_counter()
         try:
-            return semi_structured.search(x, compressed)
-        except (
-            AttributeError,
-            RuntimeError,
-            TypeError,
-        ) as error:  # another torch: a figure that is missing, not an end
+            return semi_structured.search(x, compressed, out)
+        except (PhoenixError, RuntimeError) as error:  # a figure that is missing, not an end
             self.left, self.why = 0.0, first_line(error)
             return None
         finally:
             self.left -= time.perf_counter() - start
 
 
-def _turned(x: Tensor, compressed: Tensor) -> Tensor:
-    return torch._cslt_sparse_mm(compressed, x.t())
-
-
 def _variants(
-    weights: dict[str, list[Any]], x: Tensor, algorithms: dict[str, semi_structured.Algorithm]
+    weights: dict[str, list[Any]], x: Tensor, best: semi_structured.Algorithm | None
 ) -> dict[str, list[Launch]]:
     """Launches of each way to multiply, one for each copy of the weights."""
     linear, out = torch.nn.functional.linear, len(weights["dense"][0])
@@ -126,11 +116,9 @@ def _variants(
         "dense": ("dense", lambda w: linear(x, w)),
         "expand": ("forms", lambda form: linear(x, expand(form))),
         "semi": ("compressed", lambda c: semi_structured.multiply(x, c, out)),
-        "copied": ("compressed", lambda c: _turned(x, c).t().contiguous()),
-        "turned": ("compressed", lambda c: _turned(x, c)),
     }
-    for name, algorithm in algorithms.items():
-        ways[name] = ("compressed", lambda c, a=algorithm: semi_structured.multiply(x, c, out, None, a))
+    if best is not None:
+        ways["searched"] = ("compressed", lambda c: semi_structured.multiply(x, c, out, None, best))
     return {name: [lambda w=w, way=way: way(w) for w in weights[kind]] for name, (kind, way) in ways.items()}
 
 
@@ -158,34 +146,31 @@ def measure_linear(
     }
     torch.cuda.synchronize()  # kernels begin to read weights before what runs ahead of them has ended
     unpacked = microseconds([lambda f=f: expand(f) for f in weights["forms"]], repeats)[0]
-    common = searches(torch.randn(SEARCHED, columns, device=DEVICE).to(dtype), compressed)
+    common = semi_structured.settle(weight, compressed, None)
     found = []
     for count in rows:
         x = torch.randn(count, columns, device=DEVICE).to(dtype)
-        best = common if count == SEARCHED else searches(x, compressed)
-        algorithms = {"searched": best, "as 2048": common}
-        variants = _variants(weights, x, {name: a for name, a in algorithms.items() if a is not None})
+        best = searches(x, compressed, out)
+        variants = _variants(weights, x, best)
         times, hosts, absent = {}, {}, {}
         exact = variants["dense"][0]()
         for name, launches in variants.items():
             try:
                 y: Any = launches[0]()
-            except RuntimeError as error:
+            except (PhoenixError, RuntimeError) as error:
                 if name in ("dense", "expand"):
                     raise
-                absent[name] = first_line(
-                    error
-                )  # a way that isn't for these rows: a figure that is missing, not an end
+                absent[name] = first_line(error)  # a figure that is missing, not an end
                 print(f"{out}x{columns}, {count} rows: {name} is absent ({absent[name]})", flush=True)
                 continue
-            differs = float(((y.t() if name == "turned" else y).float() - exact).norm() / exact.float().norm())
+            differs = float((y.float() - exact).norm() / exact.float().norm())
             if not differs <= CLOSE:
                 raise PhoenixError(f"gpu_prefill: {out}x{columns}, {count} rows: {name} differs by {differs:.1%}")
             del y
             times[name], hosts[name] = microseconds(launches, repeats)
         del exact, variants
         row = {"shape": f"{out}x{columns}", "rows": count, "microseconds": times, "host": hosts, "absent": absent}
-        row |= {"expand_alone": unpacked, "algorithms": algorithms}
+        row |= {"expand_alone": unpacked, "algorithms": {"semi": common, "searched": best}}
         row["factors"] = {name: times["dense"] / value for name, value in times.items()}
         found.append(row)
         print(_cells(row), flush=True)
@@ -193,7 +178,7 @@ def measure_linear(
 
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:
-    names = ("dense", "expand", "semi", "copied", "turned", "searched", "as 2048")
+    names = ("dense", "expand", "semi", "searched")
     cells = {"shape": row["shape"], "rows": str(row["rows"])}
     for name in names:
         value, factor = row["microseconds"].get(name), row["factors"].get(name)
@@ -229,7 +214,7 @@ def can_record(compressed: Tensor, out: int, columns: int) -> str:
         y.zero_()
         graph.replay()
         torch.cuda.synchronize()
-    except RuntimeError as error:
+    except (PhoenixError, RuntimeError) as error:
         return f"no ({first_line(error)})"
     return "yes" if torch.equal(y, expected) else "yes, with another result"
 
@@ -357,7 +342,7 @@ def main() -> int:
         return 2
     print("\nµs (times as fast as dense)")
     print_table([_cells(row) for row in rows])
-    found = {name: crossovers(rows, name, 1.0) for name in ("semi", "searched", "as 2048")}
+    found = {name: crossovers(rows, name, 1.0) for name in ("semi", "searched")}
     found = {f"{name} over dense": by_shape for name, by_shape in found.items()}
     found["expand over 0.95 of dense"] = crossovers(rows, "expand", 0.95)
     found["semi over expand"] = crossovers(rows, "semi", 1.0, "expand")

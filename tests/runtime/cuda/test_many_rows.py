@@ -1,9 +1,8 @@
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -13,22 +12,16 @@ from phoenix_sparse.runtime.cuda import layout, linear, many_rows, semi_structur
 from phoenix_sparse.runtime.cuda.many_rows import BESIDE_DENSE, SEMI_FROM, SHARE, check_prefill, choose, keep
 from phoenix_sparse.runtime.kernels import portable
 from phoenix_sparse.runtime.loading import load, open_model
-from phoenix_sparse.runtime.packed import pack, quantize
+from phoenix_sparse.runtime.packed import pack
 from phoenix_sparse.runtime.packing import pack_model
 from phoenix_sparse.runtime.sparse_linear import SparseLinear
+from runtime.cuda.matrices import close, layer_of, weight_of
 from tiny import pruned
 
 GPU = torch.device("cuda")
 CPU = torch.device("cpu")
 IDS = torch.randint(200, (2, 40), generator=torch.Generator().manual_seed(0))
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-
-
-def weight_of(out, columns, seed=0, two_four=False, dtype=torch.bfloat16):
-    generator = torch.Generator().manual_seed(seed)
-    weight, scores = (torch.randn(out, columns, generator=generator) for _ in range(2))
-    kept = (scores.view(out, -1, 4).argsort(-1).argsort(-1) < 2).view(out, columns) if two_four else scores < 0
-    return torch.where(kept, weight, 0.0).to(dtype)
 
 
 @pytest.fixture
@@ -51,6 +44,7 @@ def as_on_a_gpu(monkeypatch):
 
     def multiply_semi(x, compressed, out, bias):
         assert out == compressed.shape[1]
+        assert bias is None or bias.dtype == x.dtype
         served.append("semi")
         return nn.functional.linear(x, compressed[0], bias)
 
@@ -58,22 +52,14 @@ def as_on_a_gpu(monkeypatch):
         linear: {"wanted": lambda device: "asked", "prove": lambda *_: None, "build": build, "expand": expand}
         | {"multiply": multiply},
         semi_structured: {"why_not": lambda device: None, "prove": lambda *_: None, "multiply": multiply_semi}
-        | {"compress": lambda weight: weight[None].clone()},
+        | {"compress": lambda weight: weight[None].clone(), "takes": lambda *_: True}
+        | {"settle": lambda weight, *_: served.append(f"settled {len(weight)}")},
         many_rows: {"free_bytes": lambda device: 2**40},
     }
     for module, functions in fakes.items():
         for name, function in functions.items():
             monkeypatch.setattr(module, name, function)
     return served
-
-
-def layer_of(weight, values="bf16", bias=None):
-    packed = quantize(pack(weight)) if values == "int8" else pack(weight)
-    return linear.CudaLinear.of(SparseLinear.of(packed, weight.dtype, bias))
-
-
-def close(one, other, tolerance=1e-2):
-    return bool((one.double() - other.double()).norm() <= tolerance * other.double().norm())
 
 
 @given(
@@ -111,137 +97,29 @@ def test_a_choice_that_is_none():
         check_prefill("fast")
 
 
-@settings(max_examples=30, deadline=None)
-@given(out=st.integers(1, 9), fours=st.integers(1, 9), data=st.data())
-def test_two_four_is_seen(out, fours, data):
-    weight = weight_of(out, 4 * fours, two_four=True)
-    assert semi_structured.is_two_four(weight)
-    assert semi_structured.is_two_four(weight.t().contiguous().t())
-    row, group = data.draw(st.integers(0, out - 1)), data.draw(st.integers(0, fours - 1))
-    weight[row, 4 * group : 4 * group + 4] = 0
-    assert semi_structured.is_two_four(weight)
-    places = data.draw(st.permutations(range(4)))[:3]
-    weight[row, [4 * group + place for place in places]] = 1.0
-    assert not semi_structured.is_two_four(weight)
-
-
-def test_other_patterns_are_not_two_four():
-    weight = torch.zeros(2, 8)
-    weight[:, 2:6] = 1  # two of each aligned four
-    assert semi_structured.is_two_four(weight)
-    assert not semi_structured.is_two_four(weight.roll(2, 1))
-    assert not semi_structured.is_two_four(torch.zeros(2, 6))
-    assert not semi_structured.is_two_four(torch.zeros(8))
-
-
-@pytest.mark.parametrize(
-    ("shape", "dtype", "fit"),
-    [
-        ((16, 32), torch.bfloat16, True),
-        ((48, 16), torch.float16, True),
-        ((16, 40), torch.bfloat16, False),
-        ((24, 32), torch.bfloat16, False),
-        ((16, 32), torch.float32, False),
-    ],
-)
-def test_what_cusparselt_takes(shape, dtype, fit):
-    assert semi_structured.fits(shape, dtype) == fit
-
-
-@settings(max_examples=30, deadline=None)
-@given(rows=st.integers(1, 40), columns=st.integers(1, 40), offset=st.integers(0, 3), turned=st.booleans())
-def test_padding(rows, columns, offset, turned):
-    x = torch.randn(rows * columns + offset).bfloat16()[offset:]
-    x = x.view(columns, rows).t() if turned else x.view(rows, columns)
-    padded = semi_structured.padded(x)
-    assert len(padded) % 8 == 0
-    assert len(padded) - rows < 8
-    assert padded.is_contiguous()
-    assert padded.data_ptr() % 16 == 0
-    assert torch.equal(padded[:rows], x)
-    assert not padded[rows:].any()
-
-
-def test_why_there_is_no_cusparselt(monkeypatch):
-    assert "for GPUs, and this is cpu" in semi_structured.why_not(CPU)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
-    assert "comes without cuSPARSELt" in semi_structured.why_not(GPU)
-    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "capability 7.5, and 2:4 products need 8.0" in semi_structured.why_not(GPU)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert semi_structured.why_not(GPU) is None
-
-
-def test_cusparselt_gets_what_it_takes(monkeypatch):
-    """The call that torch documents: eights of rows, turned without a copy, and a result that is turned already."""
-    weight, calls = weight_of(32, 48, two_four=True), []
-
-    def sparse_mm(compressed, x, *, bias, transpose_result, alg_id, split_k=1, split_k_mode=-1):
-        calls.append((x.shape[1], alg_id, split_k, split_k_mode))
-        assert x.t().is_contiguous()
-        assert transpose_result
-        return nn.functional.linear(x.t(), compressed, bias)
-
-    def mm_search(compressed, x, bias, alpha, dtype, transpose_result):
-        assert x.shape[1] % 8 == 0
-        assert transpose_result
-        return torch.tensor(7), 2, 1, 37
-
-    monkeypatch.setattr(torch, "_cslt_sparse_mm", sparse_mm)
-    monkeypatch.setattr(torch._C, "_cusparselt", SimpleNamespace(mm_search=mm_search), raising=False)
-    x, bias = torch.randn(13, 96).bfloat16()[:, ::2], torch.randn(32).bfloat16()
-    exact = x.double() @ weight.double().t() + bias.double()
-    assert close(semi_structured.multiply(x, weight, 32, bias), exact)
-    found = semi_structured.search(x, weight)
-    y = semi_structured.multiply(x, weight, 32, bias, found)
-    assert y.shape == (13, 32)
-    assert close(y, exact)
-    assert calls == [(16, *semi_structured.FIRST), (16, 7, 2, 1)]
-    compiled = torch.compile(semi_structured.multiply, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(x, weight, 32, bias), y)
-
-
-def test_cusparselt_is_proved(monkeypatch):
-    monkeypatch.setattr(semi_structured, "compress", lambda weight: weight)
-
-    def right(x, weight, out, bias):
-        assert out == len(weight)
-        return nn.functional.linear(x, weight, bias)
-
-    monkeypatch.setattr(semi_structured, "multiply", right)
-    semi_structured.prove.__wrapped__(CPU, torch.bfloat16)
-    monkeypatch.setattr(semi_structured, "multiply", lambda *parts: right(*parts) * 1.1)
-    with pytest.raises(PhoenixError, match="wrong products on this GPU; give prefill=dense"):
-        semi_structured.prove.__wrapped__(CPU, torch.bfloat16)
-
-    def fail(*parts):
-        raise RuntimeError("operation not supported\nand more")
-
-    monkeypatch.setattr(semi_structured, "multiply", fail)
-    with pytest.raises(PhoenixError, match=r"fails on this GPU \(operation not supported\)"):
-        semi_structured.prove.__wrapped__(CPU, torch.bfloat16)
-
-
 @pytest.mark.parametrize("values", ["bf16", "int8"])
 @pytest.mark.parametrize("biased", [False, True])
-def test_what_serves_how_many_rows(as_on_a_gpu, values, biased):
-    bias = nn.Parameter(torch.randn(32).bfloat16(), requires_grad=False) if biased else None
-    layer = layer_of(weight_of(32, 64, two_four=True), values, bias)
+@pytest.mark.parametrize("out", [32, 96])
+def test_what_serves_how_many_rows(as_on_a_gpu, values, biased, out):
+    bias = nn.Parameter(torch.randn(out).bfloat16(), requires_grad=False) if biased else None
+    layer = layer_of(weight_of(out, 64, two_four=True), values, bias)
+    few = "semi" if out > 64 else "expand"  # what is taller than wide is multiplied by cuSPARSELt with fewer rows too
     weight = layer.dense()
     shift = 0 if bias is None else bias.double()
     as_on_a_gpu.clear()
     expected = {
         "packed": {1: "kernels", BESIDE_DENSE + 1: "kernels", 65: "expand", SEMI_FROM: "expand"},
         "dense": {BESIDE_DENSE: "kernels", BESIDE_DENSE + 1: None, SEMI_FROM: None},
-        "semi": {64: "kernels", 65: "semi", SEMI_FROM: "semi"},
+        "semi": {64: "kernels", 65: few, SEMI_FROM - 1: few, SEMI_FROM: "semi"},
         "auto": {BESIDE_DENSE: "kernels", BESIDE_DENSE + 1: None, SEMI_FROM - 1: None, SEMI_FROM: "semi"},
     }
     for prefill, by_rows in expected.items():
+        as_on_a_gpu.clear()
         keep([layer], prefill, CPU)
         assert (layer.dense_copy is not None) == (prefill in ("dense", "auto"))
         assert (layer.semi_structured is not None) == (prefill in ("semi", "auto"))
+        assert (f"settled {out}" in as_on_a_gpu) == (prefill in ("semi", "auto"))
+        assert (layer.offset_copy is not None) == (biased and prefill != "packed")
         for rows, server in by_rows.items():
             x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(rows)).bfloat16()
             as_on_a_gpu.clear()
@@ -249,7 +127,7 @@ def test_what_serves_how_many_rows(as_on_a_gpu, values, biased):
             assert set(as_on_a_gpu) == ({server} if server else set()), (prefill, rows)
             assert close(y, x.double() @ weight.double().t() + shift)
     assert torch.equal(layer.dense_copy, weight)
-    assert layer(torch.zeros(0, 64).bfloat16()).shape == (0, 32)
+    assert layer(torch.zeros(0, 64).bfloat16()).shape == (0, out)
 
 
 def test_copies_are_the_weights_and_go_where_the_layer_goes(as_on_a_gpu):
@@ -289,6 +167,14 @@ def test_what_cannot_be_kept(as_on_a_gpu, monkeypatch):
     keep([two_four], "auto", CPU)
     assert two_four.semi_structured is None
     assert two_four.dense_copy is not None
+    monkeypatch.setattr(semi_structured, "why_not", lambda device: None)
+    monkeypatch.setattr(semi_structured, "takes", lambda *_: False)
+    with pytest.raises(
+        PhoenixError, match=r"no kernel for the sizes of this model's 2:4 linears \(32x64\); give packed"
+    ):
+        keep([two_four], "semi", CPU)
+    keep([two_four], "auto", CPU)
+    assert two_four.semi_structured is None
     monkeypatch.setattr(many_rows, "free_bytes", lambda device: 2 * plain.dense().nbytes - 1)
     with pytest.raises(PhoenixError, match=r"prefill=dense: the copies take 0\.0 GiB"):
         keep([plain, two_four], "dense", CPU)
@@ -321,7 +207,9 @@ def test_models_are_prepared_with_copies(as_on_a_gpu, kind, prefill):
         assert all((part.dense_copy is not None) == (prefill != "packed") for part in layers)
         size = pair.bytes("sparse")
         keep(layers, "packed", CPU)
-        copies = 0 if prefill == "packed" else sum(part.out_features * part.in_features * 2 for part in layers)
+        offsets = sum(0 if part.offset is None else part.out_features * 2 for part in layers)
+        copies = sum(part.out_features * part.in_features * 2 for part in layers) + offsets
+        copies = 0 if prefill == "packed" else copies
         assert size - pair.bytes("sparse") == copies
 
 
@@ -344,29 +232,6 @@ def test_copies_are_for_packed_models_on_a_gpu(tmp_path):
     assert (measured["prefill"], measured["copies"]) == ("auto", [])
     with pytest.raises(PhoenixError, match="prefill=dense"):
         measure(tmp_path / "packed", prefill="dense", **options)
-
-
-@needs_gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("out", "columns"), [(64, 128), (4096, 1024), (240, 336)])
-def test_two_four_on_the_gpu(out, columns, dtype):
-    semi_structured.prove(GPU, dtype)
-    weight = weight_of(out, columns, two_four=True, dtype=dtype)
-    weight[3] = 0
-    bias = torch.randn(out).to(dtype)
-    layer = linear.CudaLinear.of(SparseLinear.of(pack(weight), dtype, nn.Parameter(bias)).cuda())
-    for prefill in ("semi", "auto"):
-        keep([layer], prefill, GPU)
-        assert layer.semi_structured is not None
-        assert layer.semi_structured.nbytes <= weight.nbytes * semi_structured.COMPRESSED + 2**16
-        for rows in (1, 64, 65, 72, 300, SEMI_FROM, SEMI_FROM + 3):
-            x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(dtype)
-            y = layer(x.cuda())
-            assert y.shape == (rows, out)
-            assert close(y.cpu(), x.double() @ weight.double().t() + bias.double(), 6e-3)
-            assert torch.equal(layer(x.cuda()), y)
-        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-        assert torch.equal(compiled(x.cuda()), y)
 
 
 @needs_gpu

@@ -72,6 +72,7 @@ class CudaLinear(nn.Module):
     offset: Tensor | None
     dense_copy: Tensor | None
     semi_structured: Tensor | None
+    offset_copy: Tensor | None
 
     def __init__(self, form: Form, scales: Tensor | None, bias: Tensor | None) -> None:
         """A layer of a layout.
@@ -89,8 +90,9 @@ class CudaLinear(nn.Module):
             self.register_buffer(name, getattr(form, name), persistent=False)
         self.register_buffer("scales", None if scales is None else scales.float(), persistent=False)
         self.register_buffer("offset", None if bias is None else bias.detach().float(), persistent=False)
-        self.register_buffer("dense_copy", None, persistent=False)  # these two are `many_rows.keep`'s
+        self.register_buffer("dense_copy", None, persistent=False)  # these three are `many_rows.keep`'s
         self.register_buffer("semi_structured", None, persistent=False)
+        self.register_buffer("offset_copy", None, persistent=False)  # in W's dtype
         self.crossover = CROSSOVER[type(form)]
 
     @classmethod
@@ -131,8 +133,9 @@ class CudaLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out), in x's dtype, summed in float32."""
         dense, semi = self.dense_copy, self.semi_structured
-        if many_rows.serve(x.numel() // self.in_features, self.crossover, dense, semi):
-            return many_rows.multiply(x, self.out_features, self.offset, dense, semi)
+        shape = (self.out_features, self.in_features)
+        if many_rows.serve(x.numel() // self.in_features, self.crossover, shape, dense, semi):
+            return many_rows.multiply(x, self.out_features, self.offset_copy, dense, semi)
         return cuda_linear(x, self.parts, self.numbers, self.scales, self.offset)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "CudaLinear":

@@ -39,9 +39,11 @@ SHARE = 0.5  # of the memory that is free after loading, for all that `auto` kee
 BESIDE_DENSE = 16
 """Rows of x up to which the sparse kernels serve where a dense copy lies beside: on an H200 with 14336x4096 at 50% they
 take 26 µs with 16 rows and 36 with 32, cuBLAS 31; at 10%, value by value, 17 and 33."""
-SEMI_FROM = 1024
-"""Rows of x from which cuSPARSELt serves where a dense copy lies beside. Measured on an H200: 0.3 to 0.4 times as fast
-as cuBLAS with 16 rows, 1.4 to 1.7 times from 1024 on; benchmarks/gpu_prefill.py measures what lies between."""
+SEMI_FROM = 512
+"""Rows of x from which cuSPARSELt serves any 2:4 linear. Measured on an H200 with the algorithm that is searched for
+with 2048 rows, as many times as fast as cuBLAS: 1.07 to 1.39 with 512 rows, 1.15 to 1.50 with 1024, 1.41 to 1.66 with
+more; with 256 it is 0.94 to 1.40 where W is taller than wide, 0.28 where not. Below it W's expansion takes 1.0 to 3.1
+times as long as cuSPARSELt where W is taller than wide, and a third of its time where not."""
 
 
 class Linear(Protocol):
@@ -50,8 +52,10 @@ class Linear(Protocol):
     weight: Tensor
     in_features: int
     out_features: int
+    offset: Tensor | None
     dense_copy: Tensor | None
     semi_structured: Tensor | None
+    offset_copy: Tensor | None
 
     def dense(self) -> Tensor: ...
 
@@ -69,11 +73,11 @@ def refuse(prefill: Prefill, why: str) -> None:
         raise PhoenixError(f"prefill={prefill}: {why}; give packed or auto")
 
 
-def serve(rows: int, crossover: int, dense: Tensor | None, semi: Tensor | None) -> bool:
-    """Whether copies serve so many rows of x, where W would be expanded beyond `crossover` without any."""
+def serve(rows: int, crossover: int, shape: tuple[int, int], dense: Tensor | None, semi: Tensor | None) -> bool:
+    """Whether copies of W (out, in) serve so many rows of x; without any, W is expanded beyond `crossover`."""
     if dense is not None:
         return rows > min(crossover, BESIDE_DENSE)
-    return semi is not None and rows > crossover
+    return semi is not None and rows > crossover and (rows >= SEMI_FROM or shape[0] > shape[1])
 
 
 def multiply(x: Tensor, out: int, bias: Tensor | None, dense: Tensor | None, semi: Tensor | None) -> Tensor:
@@ -82,14 +86,13 @@ def multiply(x: Tensor, out: int, bias: Tensor | None, dense: Tensor | None, sem
     Args:
         x: (…, in), as many rows as `serve` says.
         out: W's rows.
-        bias: (out,), or None.
+        bias: (out,) in x's dtype, or None.
         dense: W (out, in) with its scales, in x's dtype, or None.
         semi: likewise, as `semi_structured.compress` gives it; one of the two is there.
 
     Returns:
         (…, out) in x's dtype.
     """
-    bias = None if bias is None else bias.to(x.dtype)
     if semi is None or (dense is not None and x.numel() // x.shape[-1] < SEMI_FROM):
         assert dense is not None
         return torch.nn.functional.linear(x, dense, bias)
@@ -107,7 +110,7 @@ def keep(layers: Sequence[Linear], prefill: Prefill, device: torch.device) -> No
             or cuSPARSELt can't be had; or it gives wrong products.
     """
     for layer in layers:
-        layer.dense_copy = layer.semi_structured = None
+        layer.dense_copy = layer.semi_structured = layer.offset_copy = None
     if prefill == "packed" or not layers:
         return
     two_four = set() if prefill == "dense" else {id(layer) for layer in _two_four(layers, prefill, device)}
@@ -120,10 +123,13 @@ def keep(layers: Sequence[Linear], prefill: Prefill, device: torch.device) -> No
             if dense or (semi and id(layer) in two_four):
                 weight = layer.dense().contiguous()
                 layer.dense_copy = weight if dense else None
-                layer.semi_structured = semi_structured.compress(weight) if semi and id(layer) in two_four else None
+                layer.offset_copy = None if layer.offset is None else layer.offset.to(weight.dtype)
+            if semi and id(layer) in two_four:
+                layer.semi_structured = semi_structured.compress(weight)
+                semi_structured.settle(weight, layer.semi_structured, layer.offset_copy)
     except torch.OutOfMemoryError as error:  # unpacking needs some memory too, and others may have taken it meanwhile
         for layer in layers:
-            layer.dense_copy = layer.semi_structured = None
+            layer.dense_copy = layer.semi_structured = layer.offset_copy = None
         raise PhoenixError(f"prefill={prefill}: the GPU's memory is full; give packed") from error
 
 
@@ -161,16 +167,24 @@ def _two_four(layers: Sequence[Linear], prefill: Prefill, device: torch.device) 
     if why is not None:
         refuse(prefill, why)
         return []
-    found = [
+    fitting = [
         layer
         for layer in layers
         if semi_structured.fits((layer.out_features, layer.in_features), layer.weight.dtype)
         and semi_structured.is_two_four(layer.dense())
     ]
-    if not found:
+    if not fitting:
         refuse(prefill, "no packed linear of this model is 2:4 with sizes in sixteens (pattern=2:4 prunes so)")
-    for dtype in {layer.weight.dtype for layer in found}:
+    for dtype in {layer.weight.dtype for layer in fitting}:
         semi_structured.prove(device, dtype)
+    found = [
+        layer
+        for layer in fitting
+        if semi_structured.takes((layer.out_features, layer.in_features), layer.weight.dtype, layer.weight.device)
+    ]
+    if fitting and not found:
+        sizes = ", ".join(sorted({f"{layer.out_features}x{layer.in_features}" for layer in fitting}))
+        refuse(prefill, f"cuSPARSELt has no kernel for the sizes of this model's 2:4 linears ({sizes})")
     return found
 
 
