@@ -13,8 +13,17 @@ from phoenix_sparse.settings import Settings
 Group = Literal["row", "layer", "global"]
 Update = Literal["none", "dsnot", "sparsegpt", "alps"]
 CHOOSING = ("sparsegpt", "alps")  # updates that choose the weights themselves, by scores of their own
+ADJUSTED = ("unstructured", "n:m")  # kinds of patterns that updates work with
 Method = Literal["uniform", "owl", "alphapruning", "evolutionary"]
 LayerSparsity = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _adjustable(pattern: Any) -> bool:
+    """Whether updates work with a pattern. One that can't be read is told by the check of its own field."""
+    try:
+        return pattern is None or not isinstance(pattern, str) or parse_pattern(pattern).kind in ADJUSTED
+    except PhoenixError:
+        return True
 
 
 class CalibrationSettings(Settings):
@@ -66,7 +75,9 @@ class SparsifySettings(Settings):
         "search scores by this one)",
     )
     update: Update = Field(
-        "none", description="dsnot swaps kept weights, sparsegpt and alps choose them and adjust those that stay"
+        "sparsegpt",
+        description="dsnot swaps kept weights, sparsegpt and alps choose them and adjust those that stay; where it "
+        "isn't given, it is none if an importance, a group, blocks or structured are, and else sparsegpt",
     )
     pattern: str = Field("unstructured", description="unstructured, N:M (2:4 keeps 2 of 4), 16x1 blocks, or structured")
     group: Group | None = Field(
@@ -81,6 +92,15 @@ class SparsifySettings(Settings):
     )
     evolution: EvolutionSettings = EvolutionSettings()
     calibration: CalibrationSettings = CalibrationSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _update_where_none_is_named(cls, values: Any) -> Any:
+        """Leave the default where the weights are to be chosen by scores, or by a pattern that it can't prune to."""
+        if not isinstance(values, Mapping) or "update" in values:
+            return values
+        by_scores = "importance" in values or values.get("group") is not None
+        return {**values, "update": "none"} if by_scores or not _adjustable(values.get("pattern")) else values
 
     @field_validator("importance")
     @classmethod
@@ -136,7 +156,7 @@ class SparsifySettings(Settings):
             raise ValueError(f"group: the pattern {self.pattern} has its own; leave group out")
         if kind in ("n:m", "structured") and self.allocation != "uniform":
             raise ValueError(f"allocation: the pattern {self.pattern} gives each layer its share; use uniform")
-        if self.update != "none" and kind in ("block", "structured"):
+        if self.update != "none" and kind not in ADJUSTED:
             raise ValueError(f"update: {self.update} works with unstructured and N:M patterns; use update=none")
         if self.group == "global" and (self.update != "none" or self.allocation != "uniform"):
             raise ValueError("group: global shares out by one threshold; use update=none, allocation=uniform")
