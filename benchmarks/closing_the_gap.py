@@ -112,7 +112,7 @@ def recipe_of(args: argparse.Namespace, cell: Cell) -> Recipe:
         "model": str(args.model),
         "task": task,
         "seed": seed,
-        "sparsify": {"sparsity": sparsity},
+        "sparsify": {"sparsity": sparsity, "importance": "wanda"},
         "finetune": finetune,
         "evaluate": {"baselines": ["dense", "dense_lora", "pruned"] if method == TEACHER else ["pruned"]},
     }

@@ -93,7 +93,7 @@ BAD = {
     ),
     "a field missing": ("prune {model} --task {b}/task_field", "train.jsonl:1: the field 'answer'"),
     "a key wrong": ("prune {model} --task {b}/task_key", "task.yaml: "),
-    "no text": ("prune {model}", "wanda needs text to calibrate on; give --task, or calibration.source=text"),
+    "no text": ("prune {model}", "sparsegpt needs text to calibrate on; give --task, or calibration.source=text"),
     # settings
     "all zeros": ("prune {model} --task {task} --sparsity 1.0", "sparsity=1.0 should be less than 1"),
     "all zeros by key": ("prune {model} --task {task} sparsity=1", "sparsity=1 should be less than 1"),
@@ -178,8 +178,8 @@ BAD = {
         "'luck' in 'magnitude+luck' is no importance (",
     ),
     "one spec twice": (
-        "prune {model} --task {task} --compare owl ria wanda+owl",
-        "'owl' and 'wanda+owl' are the same; leave one out",
+        "prune {model} --task {task} --compare owl ria sparsegpt+owl",
+        "'owl' and 'sparsegpt+owl' are the same; leave one out",
     ),
     "specs at levels": (
         "prune {model} --task {task} --compare wanda --sparsity 0.5 0.7",

@@ -80,7 +80,7 @@ def test_recipes_differ_in_the_pruning_alone():
     ("specs", "overrides", "words"),
     [
         (["wanda", "wanda"], [], "'wanda' and 'wanda' are the same"),
-        (["wanda+owl", "owl"], [], "'wanda.owl' and 'owl' are the same"),
+        (["sparsegpt+owl", "owl"], [], "'sparsegpt.owl' and 'owl' are the same"),
         (["wanda"], ["update=dsnot"], "compare: update can't be set; name it in a spec"),
         (["wanda"], ["sparsify.pattern=2:4"], "compare: pattern can't be set"),
         (["wanda"], ["evaluate.split=test"], "evaluate needs split: validation"),

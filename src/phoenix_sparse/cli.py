@@ -98,7 +98,10 @@ def prune(
     ] = None,
     importance: Annotated[
         str | None,
-        typer.Option(help="wanda unless given, magnitude, random, ria, gradient, taylor, gblm or a registered one"),
+        typer.Option(
+            help="choose by magnitude, random, wanda, ria, gradient, taylor, gblm or a registered one; else SparseGPT "
+            "chooses, and wanda where only masks are written"
+        ),
     ] = None,
     method: Annotated[str | None, typer.Option(help="masks only: unstructured, structured or random")] = None,
     format: Annotated[str | None, typer.Option(help="masks only: pt, npz or safetensors")] = None,
@@ -117,7 +120,7 @@ def prune(
 
     With --compare: fine-tunes several initialisations for a short while in OUT/SPEC and ranks them by the validation
     accuracy after it. A SPEC joins words by +: an importance, dsnot, sparsegpt or alps, owl, alphapruning or
-    evolutionary, a pattern. Writes compare.json; exits with 3 if one of them failed.
+    evolutionary, a pattern; the rest is as in a recipe that doesn't name it. Writes compare.json; exits with 3 if one of them failed.
     """
     from phoenix_sparse.prune_forms import Given, prune_compared, prune_levels, prune_model
 

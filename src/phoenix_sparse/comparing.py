@@ -54,8 +54,8 @@ def parse_spec(text: str) -> Spec:
 
     Args:
         text: words joined by `+`, of each kind at most one: an importance, an update (dsnot, sparsegpt, alps), an
-            allocation (owl, alphapruning, evolutionary), a pattern (2:4, 16x1, structured). Wanda, none, uniform and
-            unstructured stand for what isn't named.
+            allocation (owl, alphapruning, evolutionary), a pattern (2:4, 16x1, structured). What isn't named is as in
+            a recipe: `owl` is SparseGPT's, `16x1` and `dsnot` go by Wanda's scores.
 
     Raises:
         PhoenixError: a word is none of these, there are two of a kind, or they don't go together.

@@ -88,7 +88,7 @@ def prune_levels(given: Given, *, method: str | None, format: str | None, plot: 
     if "sparsity" in set_here and given.sparsity:
         raise PhoenixError("prune: the sparsity is set twice; give --sparsity alone")
     more = {"random": {"importance": "random"}, "structured": {"pattern": "structured"}}.get(settings.method, {})
-    every = given.check(**more)
+    every = given.check(update="none", **more)  # scores alone: the model's weights stay as they are
     levels, scoring = [chosen.sparsity for chosen in every], every[0]
     given.require_text(scoring)
     files = level_files(levels, settings)

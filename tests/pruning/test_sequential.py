@@ -163,7 +163,7 @@ def draw_tokens(rows=5, length=24, seed=1):
 def test_wanda_equals_the_published_algorithm_to_the_last_bit(kind, sparsity):
     tokens = torch.randint(0, 256, (5, 24), generator=torch.Generator().manual_seed(1))
     ours, theirs = make_model(kind), make_model(kind)
-    masks = prune(ours, SparsifySettings(sparsity=sparsity), tokens=tokens, seed=0)
+    masks = prune(ours, SparsifySettings(importance="wanda", sparsity=sparsity), tokens=tokens, seed=0)
     expected = published_wanda(theirs, tokens, sparsity)
     assert masks.keys() == expected.keys()
     assert all(torch.equal(masks[name], expected[name]) for name in masks)
@@ -176,7 +176,7 @@ def test_wanda_equals_the_published_algorithm_to_the_last_bit(kind, sparsity):
 def test_n_of_m_wanda_equals_the_published_algorithm(kind, n, m):
     tokens = draw_tokens()
     ours, theirs = make_model(kind), make_model(kind)
-    masks = prune(ours, SparsifySettings(pattern=f"{n}:{m}", sparsity=1 - n / m), tokens=tokens)
+    masks = prune(ours, SparsifySettings(importance="wanda", pattern=f"{n}:{m}", sparsity=1 - n / m), tokens=tokens)
     expected = published_wanda(theirs, tokens, None, n, m)
     assert masks.keys() == expected.keys()
     assert all(torch.equal(masks[name], expected[name]) for name in masks)
@@ -207,7 +207,7 @@ def test_wanda_equals_the_published_algorithm_on_a_real_model(shared):
     directory = shared / "models" / "base-65m"
     tokens = torch.randint(0, 16384, (2, 64), generator=torch.Generator().manual_seed(1))
     ours, theirs = load_model(directory, "float32", "cpu"), load_model(directory, "float32", "cpu")
-    masks = prune(ours, SparsifySettings(sparsity=0.5), tokens=tokens, seed=0)
+    masks = prune(ours, SparsifySettings(importance="wanda", sparsity=0.5), tokens=tokens, seed=0)
     expected = published_wanda(theirs, tokens, 0.5)
     assert sum(int((masks[name] != expected[name]).sum()) for name in expected) == 0
 
@@ -343,7 +343,7 @@ def test_hidden_states_are_let_go_as_they_are_replaced(monkeypatch):
             return output
 
     blocks = Watched(make_model())
-    settings, tokens = SparsifySettings(), draw_tokens(rows=6)
+    settings, tokens = SparsifySettings(importance="wanda"), draw_tokens(rows=6)
     masks = prune_blocks(
         blocks, Method.of(settings, 0), dict.fromkeys(prunable_linears(blocks.model), 0.5), tokens=tokens
     )
@@ -360,7 +360,7 @@ def test_scores_are_of_the_dense_model():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     score_blocks(
         Blocks(model),
-        Method.of(SparsifySettings(), 0),
+        Method.of(SparsifySettings(importance="wanda"), 0),
         tokens=tokens,
         visit=lambda name, weight, scores: seen.update({name: scores}),
     )

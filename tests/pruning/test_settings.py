@@ -125,7 +125,8 @@ def test_n_of_m_needs_no_quotes(written, pattern, sparsity):
 @pytest.mark.parametrize(
     ("text", "group"),
     [
-        ("", "row"),
+        ("", "layer"),
+        ("importance: wanda", "row"),
         ("importance: ria", "row"),
         ("importance: gblm", "row"),
         ("importance: taylor", "layer"),

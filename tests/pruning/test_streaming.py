@@ -21,7 +21,7 @@ from tiny import CONFIGS, make_model
 
 CPU = torch.device("cpu")
 METHODS = {
-    "wanda": {},
+    "wanda": {"importance": "wanda"},
     "magnitude": {"importance": "magnitude", "sparsity": 0.6},
     "ria": {"importance": "ria"},
     "sparsegpt": {"update": "sparsegpt"},
@@ -29,13 +29,13 @@ METHODS = {
     "dsnot": {"update": "dsnot"},
     "taylor": {"importance": "taylor", "sparsity": 0.7},
     "gblm": {"importance": "gblm"},
-    "2:4": {"pattern": "2:4"},
+    "2:4": {"importance": "wanda", "pattern": "2:4"},
     "sparsegpt 2:4": {"pattern": "2:4", "update": "sparsegpt"},
     "16x1": {"pattern": "16x1"},
     "global": {"importance": "taylor", "group": "global"},
-    "owl": {"allocation": "owl", "sparsity": 0.6},
-    "alphapruning": {"allocation": "alphapruning", "sparsity": 0.6},
-    "list": {"allocation": (0.4, 0.6)},
+    "owl": {"importance": "wanda", "allocation": "owl", "sparsity": 0.6},
+    "alphapruning": {"importance": "wanda", "allocation": "alphapruning", "sparsity": 0.6},
+    "list": {"importance": "wanda", "allocation": (0.4, 0.6)},
     "structured": {"importance": "taylor", "pattern": "structured", "sparsity": 0.3},
 }
 
