@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -152,6 +153,46 @@ def test_masks_at_several_levels(phx, tmp_path, model_directory, format):
     assert facts["target_sparsity"] == 0.333
     assert validate_mask(masks, expected_sparsity=0.333)[0]
     assert read_json(out / "stats_sparsity50_unstructured.json")["sparsity"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("words", "update", "group"),
+    [
+        ((), "sparsegpt", "layer"),
+        (("pattern=2:4",), "sparsegpt", "layer"),
+        (("--importance", "wanda"), "none", "row"),
+        (("importance=wanda",), "none", "row"),
+        (("--importance", "wanda", "update=sparsegpt"), "sparsegpt", "layer"),
+        (("group=layer",), "none", "layer"),
+        (("pattern=16x1",), "none", "layer"),
+    ],
+)
+def test_a_model_is_pruned_by_what_is_named(phx, tmp_path, model_directory, task_directory, words, update, group):
+    few = ("calibration.samples=2", "calibration.length=16")
+    code, _, _ = phx("prune", model_directory, "--task", task_directory, "--out", tmp_path, *words, *few)
+    assert code == 0
+    allocation = read_json(tmp_path / "allocation.json")
+    assert (allocation["update"], allocation["group"]) == (update, group)
+    masks, facts = load_mask(tmp_path / "masks.safetensors")
+    assert facts["update"] == update
+    dense = load_file(model_directory / "model.safetensors")
+    sparse = load_file(tmp_path / "sparse" / "model.safetensors")
+    kept = [torch.equal(sparse[f"{name}.weight"], dense[f"{name}.weight"] * mask) for name, mask in masks.items()]
+    assert all(kept) if update == "none" else not any(kept)
+
+
+def test_masks_alone_are_wanda_s_unless_an_importance_is_named(phx, tmp_path, model_directory, task_directory):
+    """They come from the dense model, whose weights stay; what adjusts weights has no such masks."""
+    call = ("prune", model_directory, "--task", task_directory, "--sparsity", "0.5", "0.7", "calibration.samples=2")
+    assert phx(*call, "--out", tmp_path / "plain")[0] == phx(*call, "--out", tmp_path / "named", "importance=wanda")[0]
+    for level in (50, 70):
+        stats, named = (
+            read_json(tmp_path / one / f"stats_sparsity{level}_unstructured.json") for one in ("plain", "named")
+        )
+        assert stats == named
+        assert (stats["importance"], stats["group"]) == ("wanda", "row")
+        one, other = (load_mask(tmp_path / d / f"masks_sparsity{level}_unstructured.pt")[0] for d in ("plain", "named"))
+        assert all(torch.equal(mask, other[name]) for name, mask in one.items())
 
 
 def test_what_is_there_is_not_written_over(phx, tmp_path, model_directory):

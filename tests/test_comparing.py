@@ -61,6 +61,24 @@ def test_specs_are_refused(text, words):
 VALUES: dict[str, Any] = {"model": "m", "task": "t", "sparsify": {"sparsity": 0.5}}
 
 
+@pytest.mark.parametrize(
+    ("spec", "importance", "update"),
+    [
+        ("owl", "wanda", "sparsegpt"),
+        ("2:4", "wanda", "sparsegpt"),
+        ("16x1", "wanda", "none"),
+        ("structured", "wanda", "none"),
+        ("dsnot", "wanda", "dsnot"),
+        ("wanda", "wanda", "none"),
+        ("magnitude+2:4", "magnitude", "none"),
+        ("evolutionary+taylor", "taylor", "none"),
+    ],
+)
+def test_what_a_spec_leaves_out_is_as_in_a_recipe(spec, importance, update):
+    sparsify = comparison_recipes(VALUES, [spec])[spec].sparsify
+    assert (sparsify.importance, sparsify.update) == (importance, update)
+
+
 def test_recipes_differ_in_the_pruning_alone():
     recipes = comparison_recipes(VALUES, ["wanda", "sparsegpt+owl"], ["calibration.samples=3", "finetune.epochs=2"])
     one, two = recipes.values()

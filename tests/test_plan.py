@@ -171,13 +171,15 @@ def test_memory_of_pruning_follows_the_method(directory, task_directory):
         assert needs.pop("in all") == sum(needs.values())
         return figures["model"], needs
 
-    model, wanda = pruning()
+    model, wanda = pruning("importance=wanda")
     assert wanda["weights, a block at a time"] < 4 * model["parameters"]
     assert wanda["calibration states"] == 4 * 4 * 16 * 32
     assert wanda["masks"] == model["prunable"]
     assert "calibration states" not in pruning("importance=magnitude")[1]
     # Two blocks, alike: q, k, v, o, gate and up read 32 values, down reads 48.
     assert pruning("update=alps")[1]["second moments of a block's inputs"] == 4 * (6 * 32**2 + 48**2)
+    assert pruning()[1] == pruning("update=sparsegpt")[1] == pruning("update=alps")[1]
+    assert "second moments of a block's inputs" not in wanda
     assert pruning("importance=taylor")[1]["states before each block"] == 3 * 4 * 4 * 16 * 32
     assert pruning("importance=magnitude", "group=global")[1]["scores of all linears, sorted"] == 24 * model["prunable"]
     assert pruning("pattern=structured")[1]["scores of all linears"] == 4 * model["prunable"]

@@ -220,16 +220,17 @@ TEXT = st.text(st.characters(exclude_categories=["C", "Zl", "Zp"]), min_size=1) 
     epochs=POSITIVE,
     targets=st.none() | st.lists(TEXT, min_size=1),
     data=st.none() | st.from_regex(r"[\w /.-]+", fullmatch=True),
+    pruning=st.sampled_from([{}, {"importance": "random"}, {"group": "row"}, {"pattern": "16x1"}, {"update": "alps"}]),
 )
 def test_a_dumped_recipe_is_read_back(
-    tmp_path_factory, name, model, seed, sparsity, ranks, rate, epochs, targets, data
+    tmp_path_factory, name, model, seed, sparsity, ranks, rate, epochs, targets, data, pruning
 ):
     values = {
         "name": name,
         "model": model,
         "task": {"name": "gsm8k", "data": data},
         "seed": seed,
-        "sparsify": {"sparsity": sparsity, "importance": "random"},
+        "sparsify": {"sparsity": sparsity, **pruning},
         "finetune": {"ranks": ranks, "learning_rate": rate, "epochs": epochs, "targets": targets},
     }
     recipe = check(Recipe, values, "values")
@@ -258,3 +259,5 @@ def test_a_shipped_recipe_is_right(path):
     recipe = load_recipe(path)
     assert recipe.name == path.stem
     assert load_recipe(path, ["sparsify.sparsity=0.7"]).sparsify.sparsity == 0.7
+    assert recipe.sparsify.update == SparsifySettings().update == "sparsegpt"
+    assert load_recipe(path, ["sparsify.importance=magnitude"]).sparsify.update == "none"

@@ -120,7 +120,8 @@ def prune(
 
     With --compare: fine-tunes several initialisations for a short while in OUT/SPEC and ranks them by the validation
     accuracy after it. A SPEC joins words by +: an importance, dsnot, sparsegpt or alps, owl, alphapruning or
-    evolutionary, a pattern; the rest is as in a recipe that doesn't name it. Writes compare.json; exits with 3 if one of them failed.
+    evolutionary, a pattern; what it leaves out is as in a recipe that does. Writes compare.json; exits with 3 if one of
+    them failed.
     """
     from phoenix_sparse.prune_forms import Given, prune_compared, prune_levels, prune_model
 

@@ -2,6 +2,8 @@
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from phoenix_sparse.errors import PhoenixError
@@ -120,6 +122,47 @@ def test_n_of_m_needs_no_quotes(written, pattern, sparsity):
     assert settings.pattern == pattern
     again = parse_yaml(yaml.safe_dump(settings.model_dump(mode="json")))
     assert check(SparsifySettings, again, "recipe") == settings
+
+
+NAMED = st.fixed_dictionaries(
+    {},
+    optional={
+        "importance": st.sampled_from(["wanda", "magnitude", "taylor"]),
+        "update": st.sampled_from(["none", "dsnot", "sparsegpt", "alps"]),
+        "group": st.sampled_from([None, "row", "layer", "global"]),
+        "pattern": st.sampled_from(["unstructured", "2:4", "16x1", "structured"]),
+        "allocation": st.sampled_from(["uniform", "owl", "evolutionary"]),
+        "sparsity": st.just(0.5),
+        "calibration": st.just({"samples": 3}),
+    },
+)
+
+
+@given(named=NAMED)
+def test_sparsegpt_prunes_where_nothing_else_is_asked_for(named):
+    """And a dump, which names everything, is read as what it was dumped from."""
+    try:
+        settings = check(SparsifySettings, named, "recipe")
+    except PhoenixError:
+        # What was named doesn't go together; what was left out is never what is wrong.
+        with pytest.raises(PhoenixError):
+            check(SparsifySettings, {"update": "none"} | named, "recipe")
+        return
+    others = "importance" in named or named.get("group") or named.get("pattern") in ("16x1", "structured")
+    assert settings.update == named.get("update", "none" if others else "sparsegpt")
+    assert settings.importance == named.get("importance", "wanda")
+    dumped = settings.model_dump(mode="json")
+    assert (dumped["update"], dumped["importance"]) == (settings.update, settings.importance)
+    assert check(SparsifySettings, parse_yaml(yaml.safe_dump(dumped)), "recipe") == settings
+    assert SparsifySettings(**named) == settings
+
+
+@pytest.mark.parametrize("pattern", ["", "2;4", "4:2", "16x", None, 16, ["2:4"]])
+@pytest.mark.parametrize("more", [{}, {"importance": "wanda"}])
+def test_a_wrong_pattern_is_told_as_such_whatever_prunes(pattern, more):
+    with pytest.raises(PhoenixError, match="^recipe: pattern=") as error:
+        check(SparsifySettings, {"pattern": pattern} | more, "recipe")
+    assert "update" not in str(error.value)
 
 
 @pytest.mark.parametrize(

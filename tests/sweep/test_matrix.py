@@ -132,6 +132,14 @@ def test_a_pattern_of_a_method_needs_no_quotes(tmp_path):
     assert {cell.axes["method"] for cell in load_sweep(path).cells} == {"pairs"}
 
 
+@pytest.mark.parametrize(("base", "update"), [({}, "sparsegpt"), ({"importance": "ria"}, "none")])
+def test_a_method_that_names_no_importance_takes_the_base_s_or_the_default(tmp_path, base, update):
+    methods = {"pairs": {"pattern": "2:4"}, "blocks": {"pattern": "16x1"}, "alps": {"update": "alps"}}
+    sweep = load_sweep(write(tmp_path, base={"sparsify": base}, methods=methods, sparsities=[0.5]))
+    found = {cell.axes["method"]: cell.recipe.sparsify.update for cell in sweep.cells}
+    assert found == {"pairs": update, "blocks": "none", "alps": "alps"}
+
+
 def test_a_base_may_be_a_recipe_beside_the_sweep(tmp_path):
     (tmp_path / "base.yaml").write_text("name: x\nmodel: y\ntask: z\nseed: 9\nfinetune: {epochs: 5}\n")
     sweep = load_sweep(write(tmp_path, base="base.yaml", tasks=["demo"]))

@@ -60,6 +60,14 @@ def test_what_a_setting_changes_is_not_shared(change, stages):
     assert found == stages
 
 
+@pytest.mark.parametrize(("named", "shared"), [("update=sparsegpt", True), ("importance=wanda", False)])
+def test_the_default_shares_with_whoever_names_it(named, shared):
+    one, other = recipe(), recipe(f"sparsify.{named}")
+    for stage in ("sparsify", "baseline pruned"):
+        assert shared_between(stage, one, other) is shared
+    assert shared_between("baseline dense", one, other)
+
+
 @pytest.mark.parametrize("where", [("host", "cpu"), ("host", "gpu"), ("versions", "torch"), ("inputs", "model")])
 def test_another_machine_or_version_or_model_shares_nothing(where):
     one = recipe()
