@@ -75,8 +75,11 @@ def read(text):
         ("{group: global, update: dsnot}", "group: global shares out by one threshold; use update=none, allocation="),
         ("{group: global, update: sparsegpt}", "group: global shares out by one threshold"),
         ("{group: global, allocation: owl}", "group: global shares out by one threshold"),
-        ("{group: row, update: sparsegpt}", "group: sparsegpt compares weights in its own way; leave group out"),
-        ("{group: layer, update: alps}", "group: alps compares weights in its own way; leave group out"),
+        (
+            "{group: row, update: sparsegpt}",
+            "group: sparsegpt compares in its own way; leave group out, or use update=none",
+        ),
+        ("{group: layer, update: alps}", "group: alps compares in its own way; leave group out"),
     ],
 )
 def test_a_refusal_names_the_field_and_what_is_right(text, message):

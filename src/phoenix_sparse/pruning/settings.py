@@ -161,7 +161,7 @@ class SparsifySettings(Settings):
         if self.group == "global" and (self.update != "none" or self.allocation != "uniform"):
             raise ValueError("group: global shares out by one threshold; use update=none, allocation=uniform")
         if self.group is not None and self.update in CHOOSING:
-            raise ValueError(f"group: {self.update} compares weights in its own way; leave group out")
+            raise ValueError(f"group: {self.update} compares in its own way; leave group out, or use update=none")
         return self
 
     @property
