@@ -262,6 +262,6 @@ def _require_finite(model: Any, settings: FinetuneSettings) -> None:
     for name, layer in elastic_layers(model).items() if isinstance(model, PeftModel) else ():
         weight = whole(layer.weight)
         gate = weight if layer.method == "hira" else layer.kept
-        factors = (factor.to(weight.device) for factor in layer.factors())
-        if not torch.isfinite(effective_weight(weight, gate, *factors, layer.scale)).all():
+        a, b = (factor.to(weight.device) for factor in layer.factors())
+        if not torch.isfinite(effective_weight(weight, gate, a, b, layer.scale)).all():
             raise lost(f"the effective weight of {name} is no longer finite", settings.learning_rate)
