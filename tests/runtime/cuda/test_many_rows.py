@@ -1,3 +1,5 @@
+"""Copies beside packed weights, for many rows: what is kept, and what serves, with torch in the kernels' place."""
+
 import copy
 from types import SimpleNamespace
 
@@ -16,19 +18,10 @@ from phoenix_sparse.runtime.loading import load, open_model
 from phoenix_sparse.runtime.packed import pack, quantize
 from phoenix_sparse.runtime.packing import pack_model
 from phoenix_sparse.runtime.sparse_linear import SparseLinear
+from runtime.cuda.copies import GPU, IDS, close, weight_of
 from tiny import pruned
 
-GPU = torch.device("cuda")
 CPU = torch.device("cpu")
-IDS = torch.randint(200, (2, 40), generator=torch.Generator().manual_seed(0))
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-
-
-def weight_of(out, columns, seed=0, two_four=False, dtype=torch.bfloat16):
-    generator = torch.Generator().manual_seed(seed)
-    weight, scores = (torch.randn(out, columns, generator=generator) for _ in range(2))
-    kept = (scores.view(out, -1, 4).argsort(-1).argsort(-1) < 2).view(out, columns) if two_four else scores < 0
-    return torch.where(kept, weight, 0.0).to(dtype)
 
 
 @pytest.fixture
@@ -70,10 +63,6 @@ def as_on_a_gpu(monkeypatch):
 def layer_of(weight, values="bf16", bias=None):
     packed = quantize(pack(weight)) if values == "int8" else pack(weight)
     return linear.CudaLinear.of(SparseLinear.of(packed, weight.dtype, bias))
-
-
-def close(one, other, tolerance=1e-2):
-    return bool((one.double() - other.double()).norm() <= tolerance * other.double().norm())
 
 
 @given(
@@ -344,65 +333,3 @@ def test_copies_are_for_packed_models_on_a_gpu(tmp_path):
     assert (measured["prefill"], measured["copies"]) == ("auto", [])
     with pytest.raises(PhoenixError, match="prefill=dense"):
         measure(tmp_path / "packed", prefill="dense", **options)
-
-
-@needs_gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("out", "columns"), [(64, 128), (4096, 1024), (240, 336)])
-def test_two_four_on_the_gpu(out, columns, dtype):
-    semi_structured.prove(GPU, dtype)
-    weight = weight_of(out, columns, two_four=True, dtype=dtype)
-    weight[3] = 0
-    bias = torch.randn(out).to(dtype)
-    layer = linear.CudaLinear.of(SparseLinear.of(pack(weight), dtype, nn.Parameter(bias)).cuda())
-    for prefill in ("semi", "auto"):
-        keep([layer], prefill, GPU)
-        assert layer.semi_structured is not None
-        assert layer.semi_structured.nbytes <= weight.nbytes * semi_structured.COMPRESSED + 2**16
-        for rows in (1, 64, 65, 72, 300, SEMI_FROM, SEMI_FROM + 3):
-            x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(dtype)
-            y = layer(x.cuda())
-            assert y.shape == (rows, out)
-            assert close(y.cpu(), x.double() @ weight.double().t() + bias.double(), 6e-3)
-            assert torch.equal(layer(x.cuda()), y)
-        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-        assert torch.equal(compiled(x.cuda()), y)
-
-
-@needs_gpu
-def test_copies_on_the_gpu():
-    layer = linear.CudaLinear.of(SparseLinear.of(pack(weight_of(300, 700)), torch.bfloat16).cuda())
-    x = torch.randn(65, 700).bfloat16().cuda()
-    before = layer(x)
-    keep([layer], "dense", GPU)
-    assert torch.equal(layer.dense_copy, layer.dense())
-    assert close(layer(x), before)
-    keep([layer], "auto", GPU)
-    assert layer.dense_copy is not None
-    assert layer.semi_structured is None
-    assert many_rows.free_bytes(GPU) > 0
-
-
-@needs_gpu
-@pytest.mark.parametrize("prefill", ["packed", "dense", "semi", "auto"])
-def test_steps_are_recorded_with_copies_on_the_gpu(prefill):
-    """A batch beyond the kernels' rows: the copy is in the recorded step."""
-    from phoenix_sparse.runtime.decoding import Decoder
-
-    model = pruned("llama")[0]
-    for name, parameter in model.named_parameters():
-        if name.endswith("_proj.weight"):
-            parameter.data = weight_of(*parameter.shape, two_four=True, dtype=torch.float32) * 0.05
-    model = model.to(GPU, torch.bfloat16)
-    pair = Pair(model, "bf16", prefill)
-    tokens = {}
-    for form in ("dense", "sparse"):
-        with pair.as_(form) as chosen:
-            decoder = Decoder(chosen, 80, 12)
-            logits = decoder.prefill(IDS[:1, :8].expand(80, 8).contiguous().cuda())
-            decoder.advance(3)
-            tokens[form] = logits, decoder.captured, decoder.reason
-    assert close(tokens["sparse"][0], tokens["dense"][0], 0.05)
-    assert tokens["dense"][1]
-    captured, reason = tokens["sparse"][1:]
-    assert captured or (prefill == "semi" and "CUDA can't record" in reason), reason
