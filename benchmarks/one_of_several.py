@@ -1,11 +1,12 @@
 """What every process of `several_gpus.py` runs: `steps.tune`, as `phx run` calls it, with a look at what it did.
 
-    python one_of_several.py MODEL OUT DEVICE SETTINGS
+    python one_of_several.py MODEL OUT DEVICE SECONDS SETTINGS
 
 MODEL is a directory that `several_gpus.py` made, OUT gets adapter/super, tune.json and, from the main process,
-seen.json: what each process saw.
+seen.json: what each process saw. A process that isn't done after SECONDS says where it hangs, and ends.
 """
 
+import faulthandler
 import hashlib
 import json
 import os
@@ -73,5 +74,6 @@ def work(model: Path, out: Path, device: Device, settings: FinetuneSettings) -> 
 
 
 if __name__ == "__main__":
-    place, target, where, chosen = sys.argv[1:]
+    place, target, where, seconds, chosen = sys.argv[1:]
+    faulthandler.dump_traceback_later(float(seconds), exit=True)
     work(Path(place), Path(target), where, check(FinetuneSettings, json.loads(chosen), "several_gpus"))  # type: ignore[arg-type]
