@@ -22,7 +22,7 @@ one row of x and 16.8 with 16, where the other layout takes 18.4 and 22.6; at 20
 CROSSOVER = {Layout: 64, Scattered: 256}
 """Rows of x beyond which W is expanded for cuBLAS: on an H200 expanding 14336x4096 takes 57 µs from bits and 250 µs
 value by value (10% kept), a product with 32 rows 36 µs and 33 µs, and cuBLAS 31 µs."""
-SIZES = ((8, 112), (6, 112), (4, 112))
+SIZES = ((8, 128), (6, 128), (4, 112))
 """Warps, and rows of their rings: for 227, 163 and 99 KiB of shared memory in a block."""
 
 

@@ -174,7 +174,7 @@ def _two_four(layers: Sequence[Linear], prefill: Prefill, device: torch.device) 
         and semi_structured.is_two_four(layer.dense())
     ]
     if not fitting:
-        refuse(prefill, "no packed linear of this model is 2:4 with sizes in sixteens (pattern=2:4 prunes so)")
+        refuse(prefill, "no packed linear of this model is 2:4, in bfloat16, of sizes in sixteens (see pattern=2:4)")
     for dtype in {layer.weight.dtype for layer in fitting}:
         semi_structured.prove(device, dtype)
     found = [
