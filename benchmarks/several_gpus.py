@@ -145,7 +145,8 @@ class Child:
         ]
         environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4")}
         if gpu is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+            ours = environment.get("CUDA_VISIBLE_DEVICES")
+            environment["CUDA_VISIBLE_DEVICES"] = ours.split(",")[gpu] if ours else str(gpu)
         if given.device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
         self.started = time.monotonic()
@@ -168,6 +169,7 @@ class Child:
             print(f"\n{self.kind} failed ({code}); its last words:", *self.last_words(), sep="\n  ", flush=True)
             return {"failed": str(code)}
         tune = read_json(self.out / "tune.json")
+        print(f"{self.kind}: ended after {time.monotonic() - self.started:.0f} s", flush=True)
         return {
             **read_json(self.out / "seen.json"),
             "losses": [entry["loss"] for entry in tune["log"]],
@@ -253,7 +255,10 @@ def measure(given: argparse.Namespace, place: Path) -> tuple[dict[str, dict[str,
     if not tiny:
         torch.cuda.empty_cache()
     step = f"{batch} examples of {length} tokens, {micro} at once"
-    print(f"{weights / 1e9:.3f}B weights in bfloat16, {layers} layers of width {width}, {SPARSITY:.0%} masks; {step}")
+    print(
+        f"{weights / 1e9:.3f}B weights in bfloat16, {layers} layers of width {width}, {SPARSITY:.0%} masks; {step}",
+        flush=True,
+    )
     settings: dict[str, Any] = {"ranks": [32, 24, 16], "scale": SCALE, "max_steps": given.steps, "batch_size": batch}
     settings |= {"max_length": length, "log_every": 1, "trackers": [], "checkpoint_every": max(1, given.steps // 2)}
 
