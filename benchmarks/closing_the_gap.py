@@ -4,10 +4,10 @@
         [--sparsity 0.5 0.6 0.7 0.8] [--method lora full ...] [--seed 0 1 2] [--jobs 4] [--set finetune.epochs=3 ...]
 
 Every cell is a `phx run` of its own, in a process of its own whose words go to a file beside it. The dense LoRA of a
-seed is trained once, in a run of its own, and teaches all cells of that seed. `results.json` is written after every
-run. A call that was killed, or that failed in part, is made again: finished cells are taken from there, others go on
-where they stopped. Accuracies are those of the test split; their standard errors are those over the seeds (with one
-seed, over the examples).
+seed is trained once, beside the plain adapter at the first sparsity, and teaches all cells of that seed.
+`results.json` is written after every run. A call that was killed, or that failed in part, is made again: finished
+cells are taken from there, others go on where they stopped. Accuracies are those of the test split; their standard
+errors are those over the seeds (with one seed, over the examples).
 """
 
 import argparse
@@ -128,26 +128,20 @@ def recipe_of(args: argparse.Namespace, cell: Cell) -> Recipe:
 
 
 def run(args: argparse.Namespace, cell: Cell, recipe: Recipe) -> Row:
-    """Do a cell, or go on with it, and read what came out. The first run of a seed is the plain adapter's, too."""
-    out = args.out / name_of(cell)
-    beside = {kind: args.out / f"{name_of(cell)}.{kind}" for kind in ("yaml", "log")}
-    text, values = dump_recipe(recipe), recipe.model_dump(mode="json")
-    if (out / "recipe.yaml").is_file() and yaml.safe_load((out / "recipe.yaml").read_text()) != values:
-        shutil.rmtree(out)  # of other settings
-    write_text(beside["yaml"], text)
-    command = [sys.executable, "-m", "phoenix_sparse.cli", "run", str(beside["yaml"]), "--out", str(out)]
+    """Do a cell, or go on with it, and read what came out."""
     started = time.time()
-    with beside["log"].open("a") as log:
-        code = subprocess.run([*command, "--resume"], stdout=log, stderr=log, check=False).returncode
-    if code != 0:
-        words = beside["log"].read_text(errors="replace").strip().splitlines()
-        return {"error": f"status {code}: {words[-1] if words else ''}"}
+    out = args.out / name_of(home_of(args, cell))
+    if out == args.out / name_of(cell):
+        error = _run_to_its_end(out, recipe)
+        if error is not None:
+            return {"error": error}
     method, sparsity, seed = cell
     tune, certificate = read_json(out / "tune.json"), read_json(out / "certificate.json")
+    baselines = {name: out / "baselines" / name for name in sorted(recipe.evaluate.baselines)}
     row: Row = {
-        **{"method": method, "sparsity": sparsity, "seed": seed, "recipe": values},
-        **accuracy_in(out / "baselines" / "dense_lora" if method == TEACHER else out),
-        "baselines": {path.parent.name: accuracy_in(path.parent) for path in sorted(out.glob("baselines/*/eval.json"))},
+        **{"method": method, "sparsity": sparsity, "seed": seed, "recipe": recipe.model_dump(mode="json")},
+        **accuracy_in(baselines["dense_lora"] if method == TEACHER else out),
+        "baselines": {name: accuracy_in(path) for name, path in baselines.items()},
         "seconds": time.time() - started,
         "training_seconds": tune["seconds"],
         "peak_memory_bytes": tune["peak_memory_bytes"],
@@ -160,6 +154,32 @@ def run(args: argparse.Namespace, cell: Cell, recipe: Recipe) -> Row:
         for name in ("sparse", "merged", "adapter"):
             shutil.rmtree(out / name, ignore_errors=True)
     return row
+
+
+def home_of(args: argparse.Namespace, cell: Cell) -> Cell:
+    """The cell whose run a cell is read from: its own, but the first plain adapter of a seed is its teacher's run's.
+
+    Their recipes differ in the baselines alone, of which the teacher's has more.
+    """
+    method, sparsity, seed = cell
+    return (TEACHER, sparsity, seed) if method == "lora" and sparsity == args.sparsity[0] else cell
+
+
+def _run_to_its_end(out: Path, recipe: Recipe) -> str | None:
+    """`phx run`, or the rest of it; what went wrong, if it did."""
+    beside = {kind: out.with_name(f"{out.name}.{kind}") for kind in ("yaml", "log")}
+    if (out / "recipe.yaml").is_file():
+        before = yaml.safe_load((out / "recipe.yaml").read_text())
+        if before != recipe.model_dump(mode="json"):
+            shutil.rmtree(out)  # of other settings
+    write_text(beside["yaml"], dump_recipe(recipe))
+    command = [sys.executable, "-m", "phoenix_sparse.cli", "run", str(beside["yaml"]), "--out", str(out)]
+    with beside["log"].open("a") as log:
+        code = subprocess.run([*command, "--resume"], stdout=log, stderr=log, check=False).returncode
+    if code == 0:
+        return None
+    words = beside["log"].read_text(errors="replace").strip().splitlines()
+    return f"status {code}: {words[-1] if words else ''}"
 
 
 def accuracy_in(directory: Path) -> dict[str, float]:

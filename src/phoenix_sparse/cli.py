@@ -2,13 +2,13 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from phoenix_sparse import cli_cerebras, cli_runtime, cli_sweep
 from phoenix_sparse.commands import SeveralValues, named_task, refuse_existing, say, set_up, workplace
-from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.errors import Exhausted, PhoenixError
 
 app = typer.Typer(
     name="phx",
@@ -340,7 +340,7 @@ for part in (cli_runtime, cli_sweep, cli_cerebras):
 
 
 def main() -> None:
-    """Run the command line; bad input is one line and exit code 2, a failed check one line and exit code 1."""
+    """Run the command line; bad input is one line and exit code 2, a failed check or full memory one line and 1."""
     try:
         app()
     except PhoenixError as error:
@@ -349,18 +349,17 @@ def main() -> None:
         from phoenix_sparse.files import disk_is_full
 
         if disk_is_full(error):
-            message = "the disk is full; free some space, then run the same again (phx run: with --resume)"
-        elif type(error).__name__ == "OutOfMemoryError":  # torch's, which isn't imported for its name alone
-            message = (
+            _fail("the disk is full; free some space, then run the same again (phx run: with --resume)", 2)
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which isn't imported for its name alone
+            _fail(
                 "the GPU's memory is full; lower finetune.micro_batch_size or evaluate.batch_size, "
-                "or set finetune.gradient_checkpointing=true"
+                "or set finetune.gradient_checkpointing=true",
+                Exhausted.exit_code,
             )
-        else:
-            raise
-        _fail(message, PhoenixError.exit_code)
+        raise
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     print(f"phx: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 

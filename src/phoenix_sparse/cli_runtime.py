@@ -73,9 +73,6 @@ def pack(model: Directory, *, out: Out, values: ValuesName = "auto") -> None:
     refuse_existing(out)
     with showing() as show:
         record = pack_model(find_model(model), out, values=chosen, progress=show.progress)
-    if not record["layers"]:
-        say(f"packed: {out}, as it was: no linear of it is sparse enough to be smaller packed")
-        return
     if record["negative_zeros"]:
         say(f"negative zeros: {record['negative_zeros']:,} became zeros; unpacking gives equal weights, not equal bits")
     say(

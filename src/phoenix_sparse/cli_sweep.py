@@ -104,7 +104,15 @@ def run(file: SweepFile, overrides: Overrides = None, *, out: Out = None) -> Non
 
 @sweep.command()
 def resume(file: SweepFile, overrides: Overrides = None, *, out: Out = None) -> None:
-    """Go on with a sweep that was stopped, and try its failed runs again."""
+    """Go on with a sweep that was stopped, and try its failed runs again. SWEEP.yaml may be the sweep's directory."""
+    if file.is_dir():
+        from phoenix_sparse.sweep.places import Places
+        from phoenix_sparse.sweep.running import FILE, known_cells
+
+        if out is not None:
+            raise PhoenixError(f"--out: {file} is the sweep's directory already; leave --out away")
+        known_cells(Places(file))
+        file, out = file / FILE, file
     _run(file, overrides, out, resume=True)
 
 

@@ -13,6 +13,12 @@ def first_line(error: BaseException) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
+class Exhausted(PhoenixError):
+    """The memory is full: not bad input, since at another time, or without others beside, it may suffice."""
+
+    exit_code = 1
+
+
 class CheckFailed(PhoenixError):
     """A check on a model or a mask did not hold."""
 

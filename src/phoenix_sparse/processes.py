@@ -35,6 +35,9 @@ def start(device: str) -> None:
     """
     if count() == 1:
         return
+    # `accelerate launch --use_fsdp` sets it: all but the main process would read models without their weights, which
+    # every process computes with, and not only where FSDP hands them out.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     import torch
     from accelerate import PartialState
 

@@ -38,11 +38,13 @@ def test_shards_keep_their_names(tmp_path):
         assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_a_dense_model_stays_as_it_is(tmp_path):
+def test_a_dense_model_is_refused(tmp_path):
     make_model().to(torch.bfloat16).save_pretrained(tmp_path / "dense")
-    record = pack_model(tmp_path / "dense", tmp_path / "packed")
-    assert record["layers"] == 0
-    assert record["bytes_per_weight"] is None
+    with pytest.raises(
+        PhoenixError, match="no linear of it has zeros enough to be smaller packed; give a pruned model"
+    ):
+        pack_model(tmp_path / "dense", tmp_path / "packed")
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
 def test_int8_values(tmp_path):

@@ -79,9 +79,14 @@ def test_a_failed_run_is_exit_code_3_and_resume_mends_it(file):
         assert told.exit_code == 0
         assert "2 runs: 1 done, 1 failed" in told.output
     Path("sweeps/mine/mended").touch()
-    done = phx("sweep", "resume", file)
+    done = phx("sweep", "resume", "sweeps/mine", "--out", "elsewhere")
+    assert str(done.exception) == "--out: sweeps/mine is the sweep's directory already; leave --out away"
+    done = phx("sweep", "resume", ".")
+    assert str(done.exception) == ".: no sweep lies here; begin it with `phx sweep run`"
+    done = phx("sweep", "resume", "sweeps/mine")
     assert done.exit_code == 0, done.output
     assert "2 runs: 2 done" in done.output
+    assert "2 runs: 2 done" in phx("sweep", "resume", file).output
 
 
 def test_damaged_files_of_the_directory_are_named(file):

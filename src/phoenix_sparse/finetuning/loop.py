@@ -21,6 +21,7 @@ from phoenix_sparse.finetuning.distill import Apart, Teacher
 from phoenix_sparse.finetuning.elastic import Ranks
 from phoenix_sparse.finetuning.evolve import Evolution
 from phoenix_sparse.finetuning.memory import AtOnce, is_full
+from phoenix_sparse.finetuning.sharding import save_states
 from phoenix_sparse.finetuning.stopping import Best, validation_loss
 from phoenix_sparse.finetuning.trained import read_tensors, trained_tensors, write_tensors
 from phoenix_sparse.progress import Progress
@@ -138,6 +139,12 @@ class StepTrainer(Trainer):
         tensors = trained_tensors(self.trained_model)
         if self.args.should_save:
             write_tensors(tensors, Path(str(output_dir)) / TRAINED)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled:
+            save_states(self, Path(output_dir))
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         read_tensors(model or self.trained_model, Path(resume_from_checkpoint) / TRAINED)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.errors import Exhausted, PhoenixError
 
 
 class AtOnce:
@@ -24,12 +24,13 @@ class AtOnce:
             processes: that train together.
 
         Raises:
-            PhoenixError: there is one example already; or several processes train together, which would wait for
+            Exhausted: there is one example already.
+            PhoenixError: several processes train together, which would wait for
                 each other in the middle of a step.
         """
         free_memory()
         if self.examples == 1:
-            raise PhoenixError(
+            raise Exhausted(
                 f"finetune: the memory is full with one example of {tokens} tokens at a time; set "
                 "finetune.gradient_checkpointing=true, or lower finetune.max_length or the ranks"
             )

@@ -14,6 +14,12 @@ from phoenix_sparse.finetuning.masked_linear import pack_mask, unpack_mask
 MASK = "mask"
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as it is, or put together from the parts that processes hold; they have to call it together then."""
+    gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return gathered
+
+
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The parameters that train by name, on the CPU and whole, where processes hold a part of each; and moving masks.
 
@@ -22,8 +28,7 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-            found[name] = whole.detach().cpu().contiguous()
+            found[name] = whole(parameter).detach().cpu().contiguous()
     return found | {f"{name}.{MASK}": pack_mask(one.mask).cpu() for name, one in moving_masks(model).items()}
 
 
@@ -75,4 +80,4 @@ def make_whole(model: nn.Module) -> None:
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.requires_grad and hasattr(parameter, "full_tensor"):
-                module.register_parameter(name, nn.Parameter(parameter.full_tensor().cpu()))
+                module.register_parameter(name, nn.Parameter(whole(parameter).cpu()))

@@ -22,11 +22,13 @@ from phoenix_sparse.finetuning.elastic import draw, largest, middle, sandwich, s
 from phoenix_sparse.finetuning.evolve import Evolution
 from phoenix_sparse.finetuning.full import trained_linears
 from phoenix_sparse.finetuning.loop import COMPLETE, Evolve, MarkComplete, StepTrainer, Validate, Watch, lost
+from phoenix_sparse.finetuning.masked_linear import effective_weight
 from phoenix_sparse.finetuning.memory import AtOnce
 from phoenix_sparse.finetuning.settings import FinetuneSettings
+from phoenix_sparse.finetuning.sharding import require_shareable
 from phoenix_sparse.finetuning.stopping import Best
 from phoenix_sparse.finetuning.trackers import choose_trackers, writing_to
-from phoenix_sparse.finetuning.trained import make_whole, read_tensors
+from phoenix_sparse.finetuning.trained import make_whole, read_tensors, whole
 from phoenix_sparse.progress import Progress
 
 
@@ -73,7 +75,8 @@ def train(
     Raises:
         PhoenixError: there are no examples to train or validate with, the processes can't share a batch evenly, ranks
             are given to layers that there are not, a tracker isn't installed, `distill` has no teacher, a mask that
-            evolves follows a pattern or is shared out over processes, the memory is full with one example at a time,
+            evolves follows a pattern or is shared out over processes, FSDP is asked for in a way that
+            `sharding.require_shareable` refuses, the memory is full with one example at a time,
             or the loss is no longer finite.
     """
     if not rows:
@@ -119,9 +122,9 @@ def train(
         trainer.apart = Apart()
         if settings.distill is not None:
             trainer.teacher = Teacher(teacher, settings.distill)
+        if trainer.is_fsdp_enabled:
+            require_shareable(trainer.accelerator.state.fsdp_plugin, evolution is not None)
         if evolution is not None:
-            if trainer.is_fsdp_enabled:
-                raise PhoenixError("finetune.evolve: FSDP shares weights out, and a mask needs them whole; use DDP")
             trainer.add_callback(Evolve(trainer, evolution))
         if adapted is None:
             trainer.draws = lambda _step: [{}]
@@ -257,5 +260,8 @@ def _require_finite(model: Any, settings: FinetuneSettings) -> None:
         if parameter.requires_grad and not torch.isfinite(parameter).all():
             raise lost(f"{name} is no longer finite after the last step", settings.learning_rate)
     for name, layer in elastic_layers(model).items() if isinstance(model, PeftModel) else ():
-        if not torch.isfinite(layer.merged_weight()).all():
+        weight = whole(layer.weight)
+        gate = weight if layer.method == "hira" else layer.kept
+        a, b = (factor.to(weight.device) for factor in layer.factors())
+        if not torch.isfinite(effective_weight(weight, gate, a, b, layer.scale)).all():
             raise lost(f"the effective weight of {name} is no longer finite", settings.learning_rate)

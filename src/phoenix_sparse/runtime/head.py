@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from phoenix_sparse.runtime.kernels.choice import own_dense_is_faster
 from phoenix_sparse.runtime.kernels.library import Library, library
+from phoenix_sparse.runtime.kernels.linear import watched
 from phoenix_sparse.runtime.kernels.placing import place
 
 MOST = 8  # rows of x that the kernel takes
@@ -39,10 +40,7 @@ class Head(nn.Linear):
 
     def _kernels(self, x: Tensor) -> Library | None:
         """The kernels, if they have one for this x."""
-        if torch.compiler.is_compiling() or x.device.type != "cpu" or self.weight.device.type != "cpu":
-            return None
-        # What watches torch's operators doesn't see a kernel of ours: tracing, fake tensors, counters of FLOPs.
-        if type(x) is not Tensor or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+        if watched(x) or x.device.type != "cpu" or self.weight.device.type != "cpu":
             return None
         if x.dtype != torch.bfloat16 or self.weight.dtype != torch.bfloat16 or not self.weight.is_contiguous():
             return None

@@ -50,7 +50,8 @@ def pack_model(source: Path, out: Path, *, values: Values = "auto", progress: Pr
         multiplication leaves them by the million, each as dear as a value. A layer's few others are kept.
 
     Raises:
-        PhoenixError: the model can't be read, or its files name the linears otherwise than the model does.
+        PhoenixError: the model can't be read, its files name the linears otherwise than the model does, or no linear is
+            smaller packed.
     """
     config = load_config(source)
     names = {f"{name}.weight" for name in prunable_linears(empty_model(config))}
@@ -86,6 +87,8 @@ def pack_model(source: Path, out: Path, *, values: Values = "auto", progress: Pr
                 "and save it again, which gives the names of today"
             )
         layers = {layer: facts for layer, facts in listed.items() if facts}
+        if not layers:
+            raise PhoenixError(f"{source}: no linear of it has zeros enough to be smaller packed; give a pruned model")
         content = read_json(temporary / "config.json")
         content["quantization_config"] = {"quant_method": METHOD, "version": VERSION, "layers": layers}
         _write(temporary / "config.json", content)
@@ -97,7 +100,7 @@ def pack_model(source: Path, out: Path, *, values: Values = "auto", progress: Pr
         "dense_bytes": sizes[0],
         "packed_bytes": sizes[1],
         "negative_zeros": negative,
-        "bytes_per_weight": packed_bytes / weights if weights else None,
+        "bytes_per_weight": packed_bytes / weights,
     }
 
 

@@ -129,10 +129,25 @@ class SparseLinear(nn.Module):
         return sparse_linear(x, self.bitmask, self.compressed, self.row_offsets, self.scales, self.bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SparseLinear":
-        # Slices are for a CPU, and for values as they are: what moves or converts gets the packed arrays.
+        """Move or convert as modules do, but for W's values: they stay as they were packed, whatever is computed in.
+
+        Raises:
+            PhoenixError: there is no product in the dtype that the layer is converted to.
+        """
         probe = torch.empty(1, dtype=self.weight.dtype)
-        sliced = fn(probe) is not probe and self.unplace()
+        changed = fn(probe)
+        if changed.dtype not in (*FLOATS, torch.float16):
+            raise PhoenixError(
+                "sparse_linear: a packed layer computes in float32, bfloat16 or float16, not "
+                f"{str(changed.dtype)[6:]}; load the model again, in one of these"
+            )
+        # Slices are for a CPU, and not for every dtype: what moves or converts gets the packed arrays.
+        sliced = changed is not probe and self.unplace()
+        values = {name: getattr(self, name) for name in ("compressed", "scales")}
         super()._apply(fn, recurse)
+        for name, part in values.items():
+            if part is not None and getattr(self, name).dtype != part.dtype:
+                setattr(self, name, part.to(getattr(self, name).device))
         if sliced:
             self.place()
         return self

@@ -14,7 +14,7 @@ from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.sweep.places import Places, attempts, is_alive, note
 
 GRACE = 60.0  # seconds that a run has to end after SIGTERM before it is killed
-WRONG_INPUT = (1, 2)  # exit codes of what another attempt wouldn't change
+WRONG_INPUT = 2  # exit code of what another attempt wouldn't change
 INTERRUPTED = 130
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -53,8 +53,9 @@ class Stop:
 def run_cell(job: Job, stop: Stop | None = None) -> int:
     """Run a cell to its end, taking it up again when it dies.
 
-    A run that ends by itself with a message about its input (exit codes 1 and 2) isn't tried again: nothing would
-    change. All that happened stands in attempts.jsonl and log.txt.
+    A run that ends by itself with a message about its input (exit code 2) isn't tried again: nothing would change. An
+    error of another kind may be its surroundings', such as a GPU whose memory others have filled. All that happened
+    stands in attempts.jsonl and log.txt.
 
     Returns:
         The last attempt's exit code, negative for a signal; 130 for one that was told to stop.
@@ -68,7 +69,7 @@ def run_cell(job: Job, stop: Stop | None = None) -> int:
         if stop:
             return INTERRUPTED
         code = _attempt(job, cell, stop)
-        if code in (0, INTERRUPTED, *WRONG_INPUT) or stop:
+        if code in (0, INTERRUPTED, WRONG_INPUT) or stop:
             break
         if attempt < job.retries:
             stop.wait(min(1.0 + attempt, 10.0))

@@ -11,12 +11,10 @@ const Path* const paths[] = {
 #if PHX_X86 && !defined(PHOENIX_AMX_EMULATED)
     &avx2_path,
     &avx512_vnni_path,
+    &avx512_path,
 #endif
 #if PHX_AMX
-    &amx_path,  // before the one that is taken by itself: it has run in emulation only
-#endif
-#if PHX_X86 && !defined(PHOENIX_AMX_EMULATED)
-    &avx512_path,
+    &amx_path,
 #endif
 };
 constexpr int PATHS = sizeof paths / sizeof *paths;

@@ -17,12 +17,13 @@ from phoenix_sparse.runtime.cuda.scattered import Scattered
 Form = Layout | Scattered
 KINDS = (Layout, Scattered)
 FEW = 0.15
-"""Of weights kept, up to which a matrix goes value by value. On an H200 with 14336x4096 that takes 10.7 µs at 10% with
-one row of x and 16.8 with 16, where the other layout takes 18.4 and 22.6; at 20% it takes 17.2 and 24.0."""
+"""Of weights kept, up to which a matrix goes value by value. On an H200 with 14336x4096 that takes 8.7 µs at 10% with
+one row of x and 16.7 with 16, where the other layout takes 16.4 and 19.7; at 30% it takes 17.8 and 31.5, for 17.6 and
+20.8."""
 CROSSOVER = {Layout: 64, Scattered: 256}
-"""Rows of x beyond which W is expanded for cuBLAS: on an H200 expanding 14336x4096 takes 57 µs from bits and 250 µs
+"""Rows of x beyond which W is expanded for cuBLAS: on an H200 expanding 14336x4096 takes 55 µs from bits and 248 µs
 value by value (10% kept), a product with 32 rows 36 µs and 33 µs, and cuBLAS 31 µs."""
-SIZES = ((8, 112), (6, 112), (4, 112))
+SIZES = ((8, 128), (6, 128), (4, 112))
 """Warps, and rows of their rings: for 227, 163 and 99 KiB of shared memory in a block."""
 
 

@@ -44,14 +44,15 @@ class Plan:
         warps: of a block.
         slack: rows that streams may drift apart, at most `MOST_SLACK`.
         ring: rows that a warp has shared memory for, at most: enough for `slack` and a tile of nothing but values.
-        deepest: tiles that copies may run ahead, at most; the kernel has room for 7.
+        deepest: tiles that copies may run ahead, at most; the kernel has room for 7, but on an H200 more than 4 make it
+            slower.
     """
 
     processors: int
     warps: int = 8
     slack: int = 24
-    ring: int = 96
-    deepest: int = 7
+    ring: int = 128
+    deepest: int = 4
 
     def __post_init__(self) -> None:
         least = self.slack + max(TAIL.values()) + COPIED - 1
@@ -228,9 +229,9 @@ def build(
     sizes = kept.sum(-1, dtype=torch.int32)  # (tiles, 32, 2)
     sizes = (sizes.sum(-1, dtype=torch.int32) if whole else sizes.flatten(1))[sequence]  # (tiles, lanes · streams)
     chains = (number.view(-1, plan.warps * longest), present.view(-1, plan.warps * longest))
-    found = walk(sizes, *chains, plan.slack, per_row)
-    rows = (found[2][:, -1] + COPIED - 1) // COPIED  # eights of each block's memory
-    starts, windows, ends = (one.reshape(len(counts), longest, *one.shape[2:]) for one in found)
+    walked = walk(sizes, *chains, plan.slack, per_row)
+    rows = (walked[2][:, -1] + COPIED - 1) // COPIED  # eights of each block's memory
+    starts, windows, ends = (one.reshape(len(counts), longest, *one.shape[2:]) for one in walked)
     begins, offsets, steps, eights = part(starts, windows, ends, counts, per_row)
     before = (rows.cumsum(0) - rows).repeat_interleave(plan.warps)
 
@@ -243,9 +244,7 @@ def build(
     warps = torch.cat([torch.stack([first, before + begins], 1), words], 1).int()
 
     place = (before[:, None, None] * (COPIED * per_row) + starts)[present]  # (tiles, lanes · streams): of first values
-    memory = torch.zeros(
-        max(1, int(rows.sum())) * COPIED, LANES, streams * per_row, dtype=stored.dtype, device=device
-    )
+    memory = torch.zeros(max(1, int(rows.sum())) * COPIED, LANES, streams * per_row, dtype=stored.dtype, device=device)
     bitmaps = torch.zeros(len(sequence) + depth, LANES, 2, dtype=torch.int32, device=device)
     lanes = torch.arange(streams * LANES, device=device).view(1, LANES, streams, 1) * per_row
     row = LANES * streams * per_row

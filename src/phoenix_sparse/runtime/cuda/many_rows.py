@@ -23,7 +23,7 @@ from phoenix_sparse.runtime.cuda import semi_structured
 Prefill = Literal["packed", "dense", "semi", "auto"]
 """What packed linears keep for products with many rows of x, in prefill and in large batches:
 
-- `packed`, the default everywhere: nothing but the packed form, so at 50% a linear takes 0.61 of its dense memory. With
+- `packed`, the default everywhere: nothing but the packed form, so at 50% a linear takes 0.59 of its dense memory. With
   few hundred rows such a product takes up to three times as long as a dense one.
 - `dense`: a dense copy of every packed linear too; prefill is as fast as with a dense model.
 - `semi`: cuSPARSELt's form of every 2:4 linear too; the others stay packed alone.
@@ -38,7 +38,7 @@ lies on the GPU; and a small model is what packing is for.
 SHARE = 0.5  # of the memory that is free after loading, for all that `auto` keeps beside the packed form
 BESIDE_DENSE = 16
 """Rows of x up to which the sparse kernels serve where a dense copy lies beside: on an H200 with 14336x4096 at 50% they
-take 26 µs with 16 rows and 36 with 32, cuBLAS 31; at 10%, value by value, 17 and 33."""
+take 23 µs with 16 rows and 36 with 32, cuBLAS 31; at 10%, value by value, 17 and 33."""
 SEMI_FROM = 512
 """Rows of x from which cuSPARSELt serves any 2:4 linear. Measured on an H200 with the algorithm that is searched for
 with 2048 rows, as many times as fast as cuBLAS: 1.07 to 1.39 with 512 rows, 1.15 to 1.50 with 1024, 1.41 to 1.66 with
@@ -174,7 +174,7 @@ def _two_four(layers: Sequence[Linear], prefill: Prefill, device: torch.device) 
         and semi_structured.is_two_four(layer.dense())
     ]
     if not fitting:
-        refuse(prefill, "no packed linear of this model is 2:4 with sizes in sixteens (pattern=2:4 prunes so)")
+        refuse(prefill, "no packed linear of this model is 2:4, in bfloat16, of sizes in sixteens (see pattern=2:4)")
     for dtype in {layer.weight.dtype for layer in fitting}:
         semi_structured.prove(device, dtype)
     found = [

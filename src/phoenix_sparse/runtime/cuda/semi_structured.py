@@ -16,9 +16,11 @@ from phoenix_sparse.errors import PhoenixError, first_line
 from phoenix_sparse.runtime.cuda import cusparselt, cusparselt_product
 from phoenix_sparse.runtime.cuda.compiling import OLDEST
 from phoenix_sparse.runtime.cuda.cusparselt_product import Algorithm
-from phoenix_sparse.runtime.cuda.operands import FLOATS
 
 KEPT, GROUP = 2, 4
+DTYPE = torch.bfloat16
+"""That cuSPARSELt is used with. In float16 its search (0.8.0, an H200) runs an illegal instruction, after which the
+process can't use the GPU any more."""
 SIZES = 16
 """What rows and columns of W must be a multiple of, in 2-byte floats: 32 bytes."""
 ROWS, STEPS = 8, 32
@@ -43,8 +45,8 @@ def is_two_four(weight: Tensor) -> bool:
 
 
 def fits(shape: tuple[int, int], dtype: torch.dtype) -> bool:
-    """Whether cuSPARSELt says that it takes matrices (out, in) of a dtype; `takes` asks it."""
-    return dtype in FLOATS and all(size > 0 and size % SIZES == 0 for size in shape)
+    """Whether matrices (out, in) of a dtype are for cuSPARSELt; `takes` asks it."""
+    return dtype == DTYPE and all(size > 0 and size % SIZES == 0 for size in shape)
 
 
 @cache

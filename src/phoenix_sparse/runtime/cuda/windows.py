@@ -1,4 +1,4 @@
-"""How the streams of lanes keep together: the window over them, the ring in shared memory that holds a warp's part of it."""
+"""How the streams of lanes keep together: the window over them, and the ring in shared memory that holds a part."""
 
 import torch
 from torch import Tensor

@@ -18,8 +18,8 @@ INTERFACE = 3  # phx_interface of csrc/library.cpp
 VARIABLE = "PHOENIX_KERNEL"
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 """Dtypes as the library numbers them."""
-UNPROVEN = ("amx",)
-"""Instruction sets that have run in emulation only: taken where asked for, once they agree with the portable one."""
+PROVED = ("amx",)
+"""Instruction sets that the tests' processors may not have: compared with the portable one before they are used."""
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SLICES = [_POINTER] * 4 + [_LONG] * 2 + [_INT]  # as `_matrix` gives them
@@ -260,14 +260,14 @@ def _matrix(slices: Slices) -> tuple[int, ...]:
 
 
 def proven(path: str | None = None) -> Library:
-    """The library with an instruction set, compared with the portable one if it is among the `UNPROVEN`.
+    """The library with an instruction set, compared with the portable one if it is among the `PROVED`.
 
     Raises:
         OSError: it can't be opened.
         PhoenixError: that instruction set isn't there, or computes wrongly here.
     """
     found = Library(FILE, path)
-    if found.path in UNPROVEN:
+    if found.path in PROVED:
         prove(found, Library(FILE, "portable"))
     return found
 
@@ -276,7 +276,7 @@ def proven(path: str | None = None) -> Library:
 def library() -> Library | None:
     """The library with the instruction set of `PHOENIX_KERNEL`, or the best; None where torch does the work.
 
-    Where the library can't be opened, that is said once.
+    Where the library can't be opened, or the best computes wrongly here and another is taken, that is said once.
 
     Raises:
         PhoenixError: `PHOENIX_KERNEL` asks for what isn't there, or for what computes wrongly here.
@@ -286,6 +286,12 @@ def library() -> Library | None:
         return None
     try:
         return proven(path)
+    except PhoenixError as error:
+        if path is not None:
+            raise
+        other = [name for name in Library(FILE).paths if name not in PROVED][-1]
+        warnings.warn(f"phoenix_sparse: {error}; {other!r} is taken", stacklevel=2)
+        return Library(FILE, other)
     except OSError as error:
         if path is not None:
             raise PhoenixError(f"{VARIABLE}: {path!r} needs the compiled kernels, and {_reason(error)}") from error

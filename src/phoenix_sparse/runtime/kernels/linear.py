@@ -45,9 +45,16 @@ def sparse_linear(
     Raises:
         PhoenixError: shapes or dtypes don't fit together.
     """
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and wants_gradient(x, bias)):
+    if watched(x) or (torch.is_grad_enabled() and wants_gradient(x, bias)):
         return _operator(x, bitmask, values, row_offsets, scales, bias)
     return multiply(x, bitmask, values, row_offsets, scales, bias)
+
+
+def watched(x: Tensor) -> bool:
+    """Whether torch's operators are compiled, traced, faked or counted: a kernel of ours is not seen then."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return type(x) is not Tensor or bool(torch._C._len_torch_dispatch_stack())
 
 
 def wants_gradient(x: Tensor, bias: Tensor | None) -> bool:

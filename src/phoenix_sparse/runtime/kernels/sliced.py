@@ -17,6 +17,7 @@ from phoenix_sparse.runtime.kernels.linear import (
     gradient_of_x,
     scratch,
     wants_gradient,
+    watched,
     wrong_operands,
 )
 from phoenix_sparse.runtime.kernels.slices import ROWS, Slices
@@ -42,7 +43,7 @@ def sliced_linear(x: Tensor, slices: Slices, scales: Tensor | None = None, bias:
         PhoenixError: shapes or dtypes don't fit together, or the compiled kernels aren't here.
     """
     parts = (x, slices.steps, slices.windows, slices.starts, slices.order, slices.columns, scales, bias)
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and wants_gradient(x, bias)):
+    if watched(x) or (torch.is_grad_enabled() and wants_gradient(x, bias)):
         return _operator(*parts)
     return _multiply(x, slices, scales, bias)
 
