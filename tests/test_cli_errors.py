@@ -148,7 +148,7 @@ BAD = {
     ),
     "an update at levels": (
         "prune {model} --plot update=dsnot",
-        "update prunes a model, at one level; leave out --method",
+        "update prunes a model, at one level; give one --sparsity, without --method",
     ),
     "no text for levels": ("prune {model} --plot", "wanda needs text to calibrate on; give --task"),
     "no gradients for levels": ("prune {model} --plot --importance gradient", "give --task"),

@@ -195,6 +195,24 @@ def test_n_of_m_is_read_as_it_is_written(tmp_path, pattern, sparsity):
     assert load_recipe(path, changes).sparsify.pattern == pattern
 
 
+@pytest.mark.parametrize(
+    ("there", "changes", "update"),
+    [
+        ({}, ["sparsify.importance=magnitude"], "none"),
+        ({"update": "sparsegpt"}, ["sparsify.importance=magnitude"], "none"),
+        ({"update": "alps"}, ["sparsify.group=layer"], "none"),
+        ({"update": "alps"}, ["sparsify.importance=ria", "sparsify.update=sparsegpt"], "sparsegpt"),
+        ({"update": "alps", "allocation": "evolutionary"}, ["sparsify.importance=ria"], "alps"),
+        ({"update": "dsnot"}, ["sparsify.importance=ria"], "dsnot"),
+        ({"update": "alps"}, ["sparsify.sparsity=0.6"], "alps"),
+    ],
+)
+def test_an_importance_takes_the_place_of_what_would_ignore_it(there, changes, update):
+    values = {"name": "x", "model": "demo", "task": "demo", "sparsify": there}
+    assert check(Recipe, override(values, changes), "x").sparsify.update == update
+    assert values["sparsify"] == there
+
+
 def test_overrides_change_a_copy():
     values = {"sparsify": {"sparsity": 0.5}, "task": "gsm8k"}
     changed = override(values, ["sparsify.sparsity=0.7", "task.max_test=3", "finetune.epochs=1"])

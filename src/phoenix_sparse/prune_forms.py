@@ -52,8 +52,8 @@ class Given:
             reader = chosen.importance if scored and find_importance(chosen.importance).inputs else chosen.update
             reader = str(chosen.allocation) if reader == "none" else reader
             raise PhoenixError(
-                f"prune: {reader} needs text to calibrate on; give --task, or calibration.source=text "
-                "and calibration.text=FILE"
+                f"prune: {reader} needs text to calibrate on; give --task, or calibration.source=text and "
+                "calibration.text=FILE, or prune without text (--importance magnitude)"
             )
         if chosen.calibration.text is not None:
             read_text(chosen.calibration.text, "calibration.text")
@@ -81,7 +81,8 @@ def prune_levels(given: Given, *, method: str | None, format: str | None, plot: 
     for key in sorted(set_here):
         if key.partition(".")[0] in ("update", "pattern", "allocation", "evolution"):
             raise PhoenixError(
-                f"prune: {key} prunes a model, at one level; leave out --method, --format and --plot, or {key}"
+                f"prune: {key} prunes a model, at one level; give one --sparsity, without --method, --format and "
+                f"--plot, or leave {key} out"
             )
     if settings.method == "random" and (given.importance not in (None, "random") or "importance" in set_here):
         raise PhoenixError("prune: --method random draws by lot; leave the importance out")

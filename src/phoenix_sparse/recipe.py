@@ -13,7 +13,7 @@ from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.evaluation.settings import EvaluateSettings
 from phoenix_sparse.files import parse_yaml
 from phoenix_sparse.finetuning.settings import FinetuneSettings, SearchSettings
-from phoenix_sparse.pruning.settings import SparsifySettings
+from phoenix_sparse.pruning.settings import CHOOSING, SparsifySettings
 from phoenix_sparse.settings import Device, DirectoryName, Dtype, Settings
 from phoenix_sparse.tasks.settings import TaskSettings
 
@@ -60,11 +60,17 @@ def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Set `key.key=value` in nested mappings, in a copy."""
+    """Set `key.key=value` in nested mappings, in a copy.
+
+    An importance or a group set for a recipe that prunes by SparseGPT or ALPS takes their place, unless the update is
+    set too: beside them it would do nothing.
+    """
     result = copy.deepcopy(dict(values))
+    named = set()
     for text in overrides:
         key, equals, value = text.partition("=")
         *sections, last = key.split(".")
+        named.add(key)
         if not equals or not last or not all(sections):
             raise PhoenixError(f"{text!r} is not key=value; write for example sparsify.sparsity=0.6")
         here = result
@@ -83,6 +89,11 @@ def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, A
             here[last] = parse_yaml(value)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise PhoenixError(f"{key}: {value!r} is not a YAML value") from error
+    if named & {"sparsify.importance", "sparsify.group"} and "sparsify.update" not in named:
+        pruning = result["sparsify"]
+        # A search of the allocation goes by the importance beside any update.
+        if pruning.get("update") in CHOOSING and pruning.get("allocation") != "evolutionary":
+            del pruning["update"]
     return result
 
 

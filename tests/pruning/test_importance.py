@@ -254,3 +254,16 @@ def test_a_nan_weight_gives_nan_scores_that_are_refused_by_name(llama):
         llama.get_submodule(layer).weight[3, 4] = torch.nan
     with pytest.raises(PhoenixError, match=f"importance magnitude: .* for {layer}, .*, 1 of them NaN"):
         prune(llama, SparsifySettings(importance="magnitude"))
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("full"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")]
+)
+@pytest.mark.usefixtures("registry")
+def test_the_gpu_s_trouble_is_not_the_function_s(error):
+    def score(weight, seen):
+        raise error
+
+    register_importance("own")(score)
+    with pytest.raises(type(error), match="full|CUDA error"):
+        prune(make_model(), SparsifySettings(importance="own"))

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phoenix_sparse.errors import PhoenixError
+from phoenix_sparse.recipe import Recipe, check, dump_recipe
 from phoenix_sparse.sweep.matrix import load_sweep, resolve
 from phoenix_sparse.sweep.planning import shared_counts
 from phoenix_sparse.sweep.settings import SweepSettings
@@ -138,6 +139,15 @@ def test_a_method_that_names_no_importance_takes_the_base_s_or_the_default(tmp_p
     sweep = load_sweep(write(tmp_path, base={"sparsify": base}, methods=methods, sparsities=[0.5]))
     found = {cell.axes["method"]: cell.recipe.sparsify.update for cell in sweep.cells}
     assert found == {"pairs": update, "blocks": "none", "alps": "alps"}
+
+
+def test_methods_prune_as_they_say_whatever_the_base_says(tmp_path):
+    """As where it is a run's recipe.yaml, which names all."""
+    (tmp_path / "base.yaml").write_text(dump_recipe(check(Recipe, {"name": "x", "model": "demo", "task": "demo"}, "x")))
+    methods = {"usual": {"pattern": "2:4"}, "wanda": {"importance": "wanda"}, "alps": {"update": "alps"}}
+    sweep = load_sweep(write(tmp_path, base="base.yaml", methods=methods, sparsities=[0.5]))
+    found = {cell.axes["method"]: cell.recipe.sparsify.update for cell in sweep.cells}
+    assert found == {"usual": "sparsegpt", "wanda": "none", "alps": "alps"}
 
 
 def test_a_base_may_be_a_recipe_beside_the_sweep(tmp_path):

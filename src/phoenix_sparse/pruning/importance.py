@@ -130,13 +130,16 @@ def run_importance(importance: Importance, weight: Tensor, seen: Seen) -> Tensor
     """The scores that an importance's function gives.
 
     Raises:
-        PhoenixError: it failed; the message says how and at which linear, and the traceback hangs on it.
+        PhoenixError: it failed; the message says how and at which linear, and the traceback hangs on it. What the GPU
+            raises, as where its memory is full, is passed on.
     """
     try:
         return importance.score(weight, seen)
     except PhoenixError:
         raise
     except Exception as error:  # somebody else's code
+        if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
+            raise  # the GPU's trouble, and not the function's
         asks = {"inputs=True": importance.inputs, "gradients=True": importance.gradients}
         missing = " and ".join(what for what, asked in asks.items() if not asked)
         none = "NoneType" in str(error) and missing  # it took what wasn't measured for a tensor

@@ -156,7 +156,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise PhoenixError(f"sweep: {path} can't be read ({error.__class__.__name__}); give a YAML file") from error
+        raise PhoenixError(
+            f"sweep: {path} can't be read ({error.__class__.__name__}); give a YAML file, or to resume a sweep's folder"
+        ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise PhoenixError(f"sweep: {path} is not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):

@@ -109,7 +109,9 @@ class SweepSettings(Settings):
     modes: Labelled = Field({"s2s": {"finetune.mode": "sparse_to_sparse"}}, description="[sparse_to_sparse]")
     seeds: tuple[int, ...] = (0,)
     exclude: tuple[dict[str, tuple[Any, ...]], ...] = Field((), description="[{method: blocks, sparsity: [0.8, 0.9]}]")
-    retries: int = Field(1, ge=0, description="how often a run that died is taken up again")
+    retries: int = Field(
+        1, ge=0, description="how often a run that died, or failed but for its input, is taken up again"
+    )
     share: bool = Field(True, description="compute what runs have in common once")
     keep: Literal["all", "results"] = Field(
         "all", description="of a finished run: all, or the results without its models (pruned, adapters, merged)"

@@ -42,7 +42,7 @@ take 23 µs with 16 rows and 36 with 32, cuBLAS 31; at 10%, value by value, 17 a
 SEMI_FROM = 512
 """Rows of x from which cuSPARSELt serves any 2:4 linear. Measured on an H200 with the algorithm that is searched for
 with 2048 rows, as many times as fast as cuBLAS: 1.07 to 1.39 with 512 rows, 1.15 to 1.50 with 1024, 1.41 to 1.66 with
-more; with 256 it is 0.94 to 1.40 where W is taller than wide, 0.28 where not. Below it W's expansion takes 1.0 to 3.1
+more; with 256 it is 0.70 to 1.40 where W is taller than wide, 0.28 where not. Below it W's expansion takes 1.0 to 3.1
 times as long as cuSPARSELt where W is taller than wide, and a third of its time where not."""
 
 
