@@ -119,8 +119,12 @@ BAD = {
         "calibration.text: {b}/none can't be read",
     ),
     "no gradients": ("prune {model} importance=taylor", "taylor needs the gradients of a task's loss; give --task"),
+    "an importance that would do nothing": (
+        "prune {model} --importance ria update=sparsegpt",
+        "update=sparsegpt has scores of its own; leave it out, or the importance (ria)",
+    ),
     "no text for an update": (
-        "prune {model} importance=magnitude update=alps",
+        "prune {model} update=alps",
         "alps needs text to calibrate on; give --task",
     ),
     "no text for an allocation": ("prune {model} importance=random allocation=owl", "owl needs text to calibrate on"),

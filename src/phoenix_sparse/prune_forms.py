@@ -41,7 +41,14 @@ class Given:
         """The settings of the pruning at each sparsity, or at the usual one."""
         values = ({"importance": self.importance} if self.importance else {}) | more
         levels: list[dict[str, Any]] = [{"sparsity": level} for level in self.sparsity] or [{}]
-        return [check(SparsifySettings, override(values | level, self.settings), "prune") for level in levels]
+        found = [check(SparsifySettings, override(values | level, self.settings), "prune") for level in levels]
+        named = self.importance is not None or any(text.startswith("importance=") for text in self.settings)
+        if named and found[0].scored_by is None:
+            raise PhoenixError(
+                f"prune: update={found[0].update} has scores of its own; leave it out, or the importance "
+                f"({found[0].importance})"
+            )
+        return found
 
     def require_text(self, chosen: SparsifySettings) -> None:
         """Refuse settings that measure on text or on a task's loss, and were given none."""

@@ -180,6 +180,11 @@ class SparsifySettings(Settings):
         return "row" if by_row else "layer"
 
     @property
+    def scored_by(self) -> str | None:
+        """The importance that counts; None where the update has scores of its own, and nothing else asks for one."""
+        return None if self.update in CHOOSING and self.allocation != "evolutionary" else self.importance
+
+    @property
     def reads_tokens(self) -> bool:
         """Whether anything of it is measured on calibration tokens."""
         from phoenix_sparse.pruning.importance import find_importance
@@ -195,5 +200,4 @@ class SparsifySettings(Settings):
         """Whether the task's loss has to be differentiated."""
         from phoenix_sparse.pruning.importance import find_importance
 
-        scored = self.update not in CHOOSING or self.allocation == "evolutionary"
-        return find_importance(self.importance).gradients and scored
+        return find_importance(self.importance).gradients and self.scored_by is not None

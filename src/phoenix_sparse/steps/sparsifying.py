@@ -26,7 +26,7 @@ def sparsify(
     calibration = calibrate(source, task, settings, tokenizer, machine)
     masks, shares = initialise(blocks, settings, calibration, seed=machine.seed, work=work, progress=machine.progress)
     facts = {
-        "importance": settings.importance,
+        "importance": settings.scored_by,
         "update": settings.update,
         "pattern": settings.pattern,
         "group": settings.comparison_group,
