@@ -205,12 +205,18 @@ def test_n_of_m_is_read_as_it_is_written(tmp_path, pattern, sparsity):
         ({"update": "alps", "allocation": "evolutionary"}, ["sparsify.importance=ria"], "alps"),
         ({"update": "dsnot"}, ["sparsify.importance=ria"], "dsnot"),
         ({"update": "alps"}, ["sparsify.sparsity=0.6"], "alps"),
+        ({"update": "alps"}, ["sparsify.group=null"], "alps"),
     ],
 )
 def test_an_importance_takes_the_place_of_what_would_ignore_it(there, changes, update):
     values = {"name": "x", "model": "demo", "task": "demo", "sparsify": there}
     assert check(Recipe, override(values, changes), "x").sparsify.update == update
     assert values["sparsify"] == there
+
+
+def test_a_section_set_to_a_value_is_refused_in_one_line():
+    values = override(LEAST, ["sparsify.importance=ria", "sparsify=5"])
+    assert "sparsify" in refusal(lambda: check(Recipe, values, "x"))
 
 
 def test_overrides_change_a_copy():

@@ -89,10 +89,11 @@ def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, A
             here[last] = parse_yaml(value)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise PhoenixError(f"{key}: {value!r} is not a YAML value") from error
-    if named & {"sparsify.importance", "sparsify.group"} and "sparsify.update" not in named:
-        pruning = result["sparsify"]
+    pruning = result.get("sparsify")
+    if isinstance(pruning, dict) and "sparsify.update" not in named and pruning.get("update") in CHOOSING:
+        grouped = "sparsify.group" in named and pruning.get("group") is not None
         # A search of the allocation goes by the importance beside any update.
-        if pruning.get("update") in CHOOSING and pruning.get("allocation") != "evolutionary":
+        if (grouped or "sparsify.importance" in named) and pruning.get("allocation") != "evolutionary":
             del pruning["update"]
     return result
 
