@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from phoenix_sparse.runtime.cuda import compiling, scattered_product
-from phoenix_sparse.runtime.cuda.layout import TILE_COLUMNS, Layout
+from phoenix_sparse.runtime.cuda.layout import TILE_COLUMNS, TILE_ROWS, Layout
 from phoenix_sparse.runtime.cuda.product import macros, shape_of
 from phoenix_sparse.runtime.cuda.scattered import Scattered
 
@@ -49,7 +49,8 @@ extern "C" long run_expand(int grid, bool late, void** p, Shape shape) {
 
 @functools.cache
 def library(options: tuple[tuple[str, int], ...], path: Path = compiling.SOURCE, entry: str = ENTRY) -> ctypes.CDLL:
-    source = path.read_text(encoding="utf-8")
+    parts = [compiling.TILES, path] if path == compiling.SOURCE else [path]
+    source = "".join(part.read_text(encoding="utf-8") for part in parts)
     source, cuts = re.subn(r"// -- instructions.*?// -- end of instructions\n", "", source, flags=re.DOTALL)
     assert cuts == (path != compiling.SOURCE)
     source = source.replace("__shared__ u32 arrived", "static u32 arrived").replace("#pragma unroll", "//")
@@ -80,7 +81,7 @@ def multiply(x: torch.Tensor, layout: Layout, late: bool, scales=None, bias=None
     batch, out = x.shape[0], layout.shape[0]
     x = torch.nn.functional.pad(x, (0, -x.shape[1] % TILE_COLUMNS)).contiguous()
     y = torch.full((batch, out), float("nan"), dtype=x.dtype)
-    sums = torch.full((layout.slabs * batch * out,), float("nan"))
+    sums = torch.full((layout.slabs * batch * layout.tiles * TILE_ROWS,), float("nan"))
     counters = torch.zeros(layout.groups, dtype=torch.int32)
     _run("run_linear", layout, -(-batch // 8), late, batch, x, scales, bias, y, sums, counters)
     assert not counters.any()

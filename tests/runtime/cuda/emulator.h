@@ -27,6 +27,9 @@ struct uint2 {
 struct int4 {
     int x, y, z, w;
 };
+struct float4 {
+    float x, y, z, w;
+};
 struct float2 {
     float x, y;
 };
@@ -229,6 +232,11 @@ static float low(u32 pair) { return widen(pair & 0xffff); }
 static float high(u32 pair) { return widen(pair >> 16); }
 static float __ldcg(const float* p) { return *p; }
 static void __stcg(float* p, float v) { *p = v; }
+static float4 __ldcg(const float4* p) { return __ldg(p); }
+static void __stcg(float4* p, float4 v) {
+    __ldg(p);
+    *p = v;
+}
 static u32 atomicAdd(u32* p, u32 v) {
     const u32 old = *p;
     *p += v;

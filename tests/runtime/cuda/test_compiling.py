@@ -1,4 +1,6 @@
 import re
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.runtime.cuda import compiling
 from phoenix_sparse.runtime.cuda.layout import TAIL, TILE_COLUMNS, TOGETHER, WORD
 from phoenix_sparse.runtime.cuda.linear import CudaLinear, prove
-from phoenix_sparse.runtime.cuda.product import ROW, SLOTS, SUMMED_ROWS
+from phoenix_sparse.runtime.cuda.product import ROW, SLOTS, shared_bytes
 from phoenix_sparse.runtime.packed import pack
 from phoenix_sparse.runtime.sparse_linear import SparseLinear
 
@@ -51,7 +53,7 @@ def test_without_nvrtc_it_says_so(own_cache):
 
 
 def test_source_and_launcher_agree_on_sizes():
-    source = compiling.SOURCE.read_text(encoding="utf-8")
+    source = compiling.TILES.read_text(encoding="utf-8")
     found = re.findall(r"^#define (\w+) +(\d+)(?![.\w])", source, re.MULTILINE)
     sizes = [
         ("TAIL", TAIL[1]),
@@ -63,8 +65,24 @@ def test_source_and_launcher_agree_on_sizes():
         ("TOGETHER", TOGETHER),
     ]
     assert [(name, int(size)) for name, size in found] == sizes
-    assert f"#define SUMMED (NT > 2 ? {SUMMED_ROWS[4]} : {SUMMED_ROWS[1]}) " in source
-    assert "#define PITCH (SUMMED * 16 + 4) " in source
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize(("eights", "warps", "ring", "int8"), [(1, 8, 112, 0), (2, 6, 96, 1), (4, 8, 112, 0)])
+def test_source_and_launcher_agree_on_shared_memory(tmp_path, eights, warps, ring, int8):
+    lines = compiling.TILES.read_text(encoding="utf-8").splitlines()
+    macros = [line for line in lines if line.startswith(("#define", "#if", "#else", "#endif"))]
+    each = "WARP_BYTES + (SHARED_PLACE ? std::max(X_BYTES, SUMS_BYTES) : X_BYTES + SUMS_BYTES)"
+    main = f"int main() {{ return std::printf(\"%d\", NW * ({each})) < 0; }}"
+    (tmp_path / "sizes.cpp").write_text("\n".join(["#include <algorithm>", "#include <cstdio>", *macros, main]))
+    options = {"HALF": 0, "INT8": int8, "NT": eights, "NW": warps, "DEPTH": 3, "RING": ring}
+    subprocess.run(
+        ["g++", *[f"-D{name}={value}" for name, value in options.items()], "sizes.cpp", "-o", "sizes"],
+        cwd=tmp_path,
+        check=True,
+    )
+    found = int(subprocess.run([tmp_path / "sizes"], capture_output=True, check=True).stdout)
+    assert found == shared_bytes(warps, ring, eights * 8, TAIL[1 if int8 else 2])
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

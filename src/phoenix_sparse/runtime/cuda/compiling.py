@@ -18,7 +18,7 @@ from torch import Tensor
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import atomic_path
 
-SOURCE, COMMON = (Path(__file__).with_name(name) for name in ("kernels.cu", "instructions.cu"))
+SOURCE, TILES, COMMON = (Path(__file__).with_name(name) for name in ("kernels.cu", "tiles.cu", "instructions.cu"))
 OLDEST = (8, 0)  # compute capability: cp.async and mma.m16n8k16 with bfloat16
 
 _OPT_IN_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -125,7 +125,8 @@ def compiled(capability: tuple[int, int], macros: dict[str, int], file: Path = S
         raise PhoenixError(f"sparse kernels: this GPU has compute capability {have}; they need {need} or newer")
     options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "--std=c++17"]
     options += [f"-D{name}={value}" for name, value in sorted(macros.items())]
-    source = COMMON.read_text(encoding="utf-8") + file.read_text(encoding="utf-8")
+    parts = [COMMON, TILES, file] if file == SOURCE else [COMMON, file]
+    source = "".join(part.read_text(encoding="utf-8") for part in parts)
     facts = "\n".join([source, *options, torch.version.cuda or ""])
     path = cache_directory() / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.cubin"
     if path.is_file():

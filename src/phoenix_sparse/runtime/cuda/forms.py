@@ -23,7 +23,7 @@ one row of x and 16.7 with 16, where the other layout takes 16.4 and 19.7; at 30
 CROSSOVER = {Layout: 64, Scattered: 256}
 """Rows of x beyond which W is expanded for cuBLAS: on an H200 expanding 14336x4096 takes 55 µs from bits and 248 µs
 value by value (10% kept), a product with 32 rows 36 µs and 33 µs, and cuBLAS 31 µs."""
-SIZES = ((8, 128), (6, 128), (4, 112))
+SIZES = ((8, 112), (6, 96), (4, 80))
 """Warps, and rows of their rings: for 227, 163 and 99 KiB of shared memory in a block."""
 
 

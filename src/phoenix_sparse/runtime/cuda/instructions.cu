@@ -19,6 +19,13 @@ __device__ __forceinline__ uint2 read64(u32 address) {
     return v;
 }
 
+__device__ __forceinline__ uint4 read128(u32 address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+    return v;
+}
+
 // What came before has ended; the kernel that comes next may begin, which is not said earlier lest three overlap. Older
 // GPUs do one after another anyhow.
 __device__ __forceinline__ void await_previous() {

@@ -27,7 +27,7 @@ from phoenix_sparse.runtime.kernels import portable
 TILE_ROWS, TILE_COLUMNS, LANES = 16, 128, 32
 TAIL = {1: 16, 2: 32}
 """Rows that the values of one tile take at most, by bytes of a value."""
-TOGETHER = 8  # rows of tiles that a warp takes through its columns together
+TOGETHER = 7  # rows of tiles that a warp takes through its columns together
 SLAB = 8192  # columns that one block of threads handles, at most: it reads all of x's for every eight rows of tiles
 WORD = 4  # bytes of a lane in a row
 MOST_SLACK = 255 // WORD - COPIED  # offsets of lanes are bytes

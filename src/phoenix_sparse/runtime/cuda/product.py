@@ -11,8 +11,9 @@ from phoenix_sparse.runtime.cuda.operands import check
 
 ROW, SLOTS = 128, 8  # as in kernels.cu: bytes of a row; bitmaps, two rows each, and one row of headers
 
-SUMMED_ROWS = {1: 4, 2: 4, 4: 2}
-"""Rows of tiles whose sums are in shared memory at a time, by eights of rows of x: SUMMED of kernels.cu."""
+AREA = {0: 0, 1: 6144, 2: 8192, 4: 8192}
+"""Bytes of shared memory that a warp needs for x and sums, by eights of rows of x: X_BYTES and SUMS_BYTES of kernels.cu,
+the larger of them where they share their place."""
 
 
 class _Shape(ctypes.Structure):
@@ -37,8 +38,7 @@ def macros(layout: Layout, eights: int) -> dict[str, int]:
 def shared_bytes(warps: int, ring: int, batch: int = 0, tail: int = max(TAIL.values())) -> int:
     """Shared memory that a block of threads needs: rings and so many rows of them twice, bitmaps, and sums of so many
     rows of x (0: none)."""
-    pitch = SUMMED_ROWS[-(-batch // 8) or 1] * TILE_ROWS + 4  # as in kernels.cu
-    return warps * ((ring + tail + 2 * SLOTS + 1) * ROW + batch * pitch * 4)
+    return warps * ((ring + tail + 2 * SLOTS + 1) * ROW + AREA[-(-batch // 8)])
 
 
 def _kernel(name: str, layout: Layout, eights: int, batch: int) -> Kernel:
@@ -72,7 +72,7 @@ def multiply(x: Tensor, layout: Layout, scales: Tensor | None = None, bias: Tens
     y = x.new_empty(batch, out)
     sums = None
     if layout.slabs > 1:
-        sums = torch.empty(layout.slabs * batch * out, dtype=torch.float32, device=x.device)
+        sums = torch.empty(layout.slabs * batch * layout.tiles * TILE_ROWS, dtype=torch.float32, device=x.device)
     eights = -(-batch // 8)
     eights = 4 if eights == 3 else eights  # kernels for 8, 16 and 32 rows
     run = _kernel("phx_linear", layout, eights, eights * 8)

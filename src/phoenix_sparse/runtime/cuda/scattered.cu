@@ -26,13 +26,6 @@ struct Shape {
 };
 
 // -- instructions (the tests put others here, to run this file on a CPU)
-__device__ __forceinline__ uint4 read128(u32 address) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
-    return v;
-}
-
 // Not through ld.global.nc, which the assembler moves behind griddepcontrol.wait.
 __device__ __forceinline__ uint4 fetch128(const uint4* from) {
     uint4 v;
