@@ -73,7 +73,7 @@ def test_source_and_launcher_agree_on_shared_memory(tmp_path, eights, warps, rin
     lines = compiling.TILES.read_text(encoding="utf-8").splitlines()
     macros = [line for line in lines if line.startswith(("#define", "#if", "#else", "#endif"))]
     each = "WARP_BYTES + (SHARED_PLACE ? std::max(X_BYTES, SUMS_BYTES) : X_BYTES + SUMS_BYTES)"
-    main = f"int main() {{ return std::printf(\"%d\", NW * ({each})) < 0; }}"
+    main = f'int main() {{ return std::printf("%d", NW * ({each})) < 0; }}'
     (tmp_path / "sizes.cpp").write_text("\n".join(["#include <algorithm>", "#include <cstdio>", *macros, main]))
     options = {"HALF": 0, "INT8": int8, "NT": eights, "NW": warps, "DEPTH": 3, "RING": ring}
     subprocess.run(

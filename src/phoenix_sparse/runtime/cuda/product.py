@@ -9,10 +9,10 @@ from phoenix_sparse.runtime.cuda.compiling import Kernel, kernel
 from phoenix_sparse.runtime.cuda.layout import TAIL, TILE_COLUMNS, TILE_ROWS, Layout
 from phoenix_sparse.runtime.cuda.operands import check
 
-ROW, SLOTS = 128, 8  # as in kernels.cu: bytes of a row; bitmaps, two rows each, and one row of headers
+ROW, SLOTS = 128, 8  # as in tiles.cu: bytes of a row; bitmaps, two rows each, and one row of headers
 
 AREA = {0: 0, 1: 6144, 2: 8192, 4: 8192}
-"""Bytes of shared memory that a warp needs for x and sums, by eights of rows of x: X_BYTES and SUMS_BYTES of kernels.cu,
+"""Bytes of shared memory that a warp needs for x and sums, by eights of rows of x: X_BYTES and SUMS_BYTES of tiles.cu,
 the larger of them where they share their place."""
 
 
