@@ -100,7 +100,7 @@ struct Path {
     uint64_t (*read)(const uint8_t* data, int64_t bytes);
     // Products with the layout of sliced.h; may be null.
     const SlicedKernel* sliced;
-    // The whole of a product with many rows of x. NOT_HERE: these operands are for the tile. May be null.
+    // The whole of a product with many rows of x, asked before all others. NOT_HERE: not these operands. May be null.
     Result (*many)(const Call& call) = nullptr;
 };
 

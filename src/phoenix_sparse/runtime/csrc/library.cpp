@@ -101,11 +101,6 @@ Result tiles(const Call& call) {
     return starved ? NO_MEMORY : OK;
 }
 
-Result many(const Call& call) {
-    const Result result = call.path.many ? call.path.many(call) : NOT_HERE;
-    return result == NOT_HERE ? tiles(call) : result;
-}
-
 // Rows of x beyond so many come in turns: a tile is expanded anew for each, which takes a hundredth of the time.
 constexpr int64_t MOST_TILED = 512;
 
@@ -119,9 +114,12 @@ Result linear(const Call& call) {
             some.x.batch = left < MOST_TILED ? left : MOST_TILED;
             some.x.data = static_cast<const char*>(call.x.data) + static_cast<size_t>(b * call.x.cols) * size;
             some.y = static_cast<char*>(call.y) + static_cast<size_t>(b * call.w.rows) * size;
-            if (Result result = many(some)) return result;
+            if (Result result = linear(some)) return result;
         }
         return OK;
+    }
+    if (call.path.many) {
+        if (const Result result = call.path.many(call); result != NOT_HERE) return result;
     }
     const Decode* kernel = nullptr;
     if (call.x.batch <= MOST_DECODED) kernel = call.path.decode(call.x.type, call.w.type, call.x.batch);
@@ -130,7 +128,7 @@ Result linear(const Call& call) {
         if (!room) return NO_MEMORY;
         if (const void* x = kernel->prepare(call.x, room)) return decode(call, *kernel, x);
     }
-    return many(call);
+    return tiles(call);
 }
 
 }  // namespace
