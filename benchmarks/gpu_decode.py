@@ -4,11 +4,12 @@
 
 Random weights, a random half of each linear's kept; both forms have the same weights, and q, k, v and gate, up in one
 launch; with --values int8 the packed ones are rounded to int8, and the dense form is what they hold. Both run the same
-loop: a static cache, and a CUDA graph of the step from the embedding to the next token. With
---compiled each form is also measured with the step put through torch.compile before it is recorded; what fails there is
-reported as absent. Forms take turns, times are between CUDA events. `packed / dense` are bytes of the linears that are
-packed; peak memory is that of a process with this form alone: its weights, and what building the decoder and running it
-allocates. Before anything is timed, logits of both forms are compared.
+loop: a static cache, and a CUDA graph of the step from the embedding to the next token. With --compiled each form is
+also measured with the step put through torch.compile before it is recorded; what fails there is reported as absent. --pdl
+lets torch's compiled kernels begin before the ones ahead have ended, as Phoenix's do anyway. Forms take turns, times are
+between CUDA events. `packed / dense` are bytes of the linears that are packed; peak memory is that of a process with
+this form alone: its weights, and what building the decoder and running it allocates. Before anything is timed, logits of
+both forms are compared; after it, those of each form compiled and not, and the tokens with those decoded first.
 """
 
 import argparse
@@ -100,6 +101,8 @@ class Variants:
         self.peaks: dict[str, int] = {}
         self.absent: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
+        self.tokens: dict[str, Tensor] = {}
+        self.logits: dict[str, Tensor] = {}
         for way in ("graph", "compiled")[: 2 if compiled else 1]:
             for form in ("dense", "sparse"):
                 self._add(f"{form}, {way}", pair, form, ids, tokens, way == "compiled")
@@ -114,7 +117,11 @@ class Variants:
             try:
                 decoder = Decoder(model, len(ids), ids.shape[1] + tokens, compiled=compiled)
                 decoder.prefill(ids)
-                decoder.advance(tokens)
+                decoder.advance(1)
+                logits = decoder.logits
+                assert logits is not None
+                self.logits[name] = logits.float().clone()
+                decoder.advance(tokens - 1)
             except Exception as error:  # whatever torch's compiler runs into: a figure that is missing, not an end
                 if not compiled:
                     raise
@@ -126,7 +133,23 @@ class Variants:
             return
         self.seconds[name] = time.perf_counter() - start
         self.decoders[name] = decoder
+        self.tokens[name] = decoder.tokens.clone()
         self.peaks[name] = int(torch.cuda.max_memory_allocated()) - before + pair.bytes(form)
+
+    def check(self) -> None:
+        """Compiled or not, a form does the same, and whatever ran before.
+
+        Raises:
+            PhoenixError: it does not.
+        """
+        for name, logits in self.logits.items():
+            plain = self.logits[name.replace("compiled", "graph")]
+            error = float((logits - plain).norm() / plain.norm())
+            if not error <= LIKE:
+                raise PhoenixError(f"gpu_decode: logits of {name!r} are {error:.2g} off those that aren't compiled")
+        for name, decoder in self.decoders.items():
+            if not torch.equal(decoder.tokens, self.tokens[name]):
+                raise PhoenixError(f"gpu_decode: {name!r} decoded other tokens the second time; its kernels race")
 
 
 def measure(pair: Pair, batch: int, prompt: int, tokens: int, repeats: int, compiled: bool) -> list[dict[str, Any]]:
@@ -145,6 +168,7 @@ def measure(pair: Pair, batch: int, prompt: int, tokens: int, repeats: int, comp
     if not any(name.startswith("dense") for name in steps):
         raise PhoenixError("gpu_decode: no dense loop could be recorded; there is nothing to compare with")
     found = time_in_turn(steps, DEVICE, repeats, warmup=1)
+    variants.check()
     best = min((name for name in found if name.startswith("dense")), key=lambda name: statistics.median(found[name]))
     rows = []
     for name, seconds in found.items():
@@ -190,6 +214,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--compiled", action="store_true", help="measure both forms through torch.compile too")
+    parser.add_argument("--pdl", action="store_true", help="with --compiled: set Inductor's triton.enable_pdl")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     try:
@@ -200,6 +225,10 @@ def main() -> int:
                 "gpu_decode: --density is above 0 and up to 1; batches, tokens and prompt are 1 or more, repeats 2"
             )
         os.environ[VARIABLE] = "kernels"
+        if options.pdl:
+            from torch._inductor import config
+
+            config.triton.enable_pdl = True
         start = time.perf_counter()
         pair = make_pair(options.layers, options.width, options.density, options.values)
         gc.collect()

@@ -227,22 +227,23 @@ phx_expand(const unsigned char* values, const uint2* bitmaps, const u32* headers
         const int together = min(TOGETHER, last_tile - some);
         for (int step = 0; step < (last - first) * together; ++step) {
             const int block = first + step / together, tile = some + step % together;
-            const int row = tile * 16 + (lane >> 2);
-            u16* const to = dense + (u64)row * (shape.blocks * COLUMNS) + block * COLUMNS + (lane & 3) * 16;
-            u32 top[4], bottom[4];  // of two products: 8 columns
+            u32 whole[32];
             reader.decode([&](int s, const u32* a) {
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    top[s % 2 * 2 + i] = INT8 ? fused(a[2 * i], UNITS, 0u) : a[2 * i];
-                    bottom[s % 2 * 2 + i] = INT8 ? fused(a[2 * i + 1], UNITS, 0u) : a[2 * i + 1];
-                }
-                if (s % 2 == 0) return;
-                const int column = s / 2 % 2 * 8 + s / 4 * 64;
-                if (row < shape.rows) *(uint4*)(to + column) = make_uint4(top[0], top[1], top[2], top[3]);
-                if (row + 8 < shape.rows)
-                    *(uint4*)(to + 8 * shape.blocks * COLUMNS + column) =
-                        make_uint4(bottom[0], bottom[1], bottom[2], bottom[3]);
+                for (int r = 0; r < 4; ++r) whole[4 * s + r] = INT8 ? fused(a[r], UNITS, 0u) : a[r];
             });
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = tile * 16 + half * 8 + (lane >> 2);
+                if (row < shape.rows) {
+                    uint4* to = (uint4*)(dense + (u64)row * (shape.blocks * COLUMNS) + block * COLUMNS + (lane & 3) * 16);
+#pragma unroll
+                    for (int s = 0; s < 4; ++s) {
+                        const u32* from = whole + 8 * s + half;
+                        to[s % 2 + s / 2 * 8] = make_uint4(from[0], from[2], from[4], from[6]);
+                    }
+                }
+            }
             reader.advance();
         }
     }
