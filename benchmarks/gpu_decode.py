@@ -3,13 +3,14 @@
     PYTHONPATH=src python benchmarks/gpu_decode.py --compiled --json gpu_decode.json
 
 Random weights, a random half of each linear's kept; both forms have the same weights, and q, k, v and gate, up in one
-launch; with --values int8 the packed ones are rounded to int8, and the dense form is what they hold. Both run the same
-loop: a static cache, and a CUDA graph of the step from the embedding to the next token. With --compiled each form is
-also measured with the step put through torch.compile before it is recorded; what fails there is reported as absent. --pdl
-lets torch's compiled kernels begin before the ones ahead have ended, as Phoenix's do anyway. Forms take turns, times are
-between CUDA events. `packed / dense` are bytes of the linears that are packed; peak memory is that of a process with
-this form alone: its weights, and what building the decoder and running it allocates. Before anything is timed, logits of
-both forms are compared; after it, those of each form compiled and not, and the tokens with those decoded first.
+launch; with --values int8 the packed ones are rounded to int8, and the dense form is what they hold. Both run the
+same loop: a static cache, and a CUDA graph of the step from the embedding to the next token. With --compiled each
+form is also measured with the step put through torch.compile before it is recorded; what fails there is reported as
+absent. --pdl lets torch's compiled kernels begin before the ones ahead have ended, as Phoenix's do anyway. Forms take
+turns, times are between CUDA events. `packed / dense` are bytes of the linears that are packed; peak memory is that
+of a process with this form alone: its weights, and what building the decoder and running it allocates. Before
+anything is timed, logits of both forms are compared; after it, those of each form compiled and not, and the tokens
+with those decoded first.
 """
 
 import argparse

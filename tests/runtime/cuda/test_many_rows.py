@@ -9,7 +9,7 @@ from torch import nn
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.runtime.bench import Pair, measure
 from phoenix_sparse.runtime.cuda import layout, linear, many_rows, semi_structured
-from phoenix_sparse.runtime.cuda.many_rows import BESIDE_DENSE, SEMI_FROM, SHARE, check_prefill, choose, keep
+from phoenix_sparse.runtime.cuda.many_rows import SEMI_FROM, SHARE, check_prefill, choose, keep
 from phoenix_sparse.runtime.kernels import portable
 from phoenix_sparse.runtime.loading import load, open_model
 from phoenix_sparse.runtime.packed import pack
@@ -104,14 +104,15 @@ def test_what_serves_how_many_rows(as_on_a_gpu, values, biased, out):
     bias = nn.Parameter(torch.randn(out).bfloat16(), requires_grad=False) if biased else None
     layer = layer_of(weight_of(out, 64, two_four=True), values, bias)
     few = "semi" if out > 64 else "expand"  # what is taller than wide is multiplied by cuSPARSELt with fewer rows too
+    most = 32  # rows that the kernels serve beside a dense copy
     weight = layer.dense()
     shift = 0 if bias is None else bias.double()
     as_on_a_gpu.clear()
     expected = {
-        "packed": {1: "kernels", BESIDE_DENSE + 1: "kernels", 65: "expand", SEMI_FROM: "expand"},
-        "dense": {BESIDE_DENSE: "kernels", BESIDE_DENSE + 1: None, SEMI_FROM: None},
+        "packed": {1: "kernels", most + 1: "kernels", 65: "expand", SEMI_FROM: "expand"},
+        "dense": {most: "kernels", most + 1: None, SEMI_FROM: None},
         "semi": {64: "kernels", 65: few, SEMI_FROM - 1: few, SEMI_FROM: "semi"},
-        "auto": {BESIDE_DENSE: "kernels", BESIDE_DENSE + 1: None, SEMI_FROM - 1: None, SEMI_FROM: "semi"},
+        "auto": {most: "kernels", most + 1: None, SEMI_FROM - 1: None, SEMI_FROM: "semi"},
     }
     for prefill, by_rows in expected.items():
         as_on_a_gpu.clear()

@@ -18,11 +18,13 @@ Form = Layout | Scattered
 KINDS = (Layout, Scattered)
 FEW = 0.15
 """Of weights kept, up to which a matrix goes value by value. On an H200 with 14336x4096 that takes 8.7 µs at 10% with
-one row of x and 16.7 with 16, where the other layout takes 16.4 and 19.7; at 30% it takes 17.8 and 31.5, for 17.6 and
-20.8."""
+one row of x and 16.6 with 16, where the other layout takes 16.9 and 19.6; at 30% it takes 17.8 and 31.5, for 17.8 and
+20.3."""
 CROSSOVER = {Layout: 64, Scattered: 256}
 """Rows of x beyond which W is expanded for cuBLAS: on an H200 expanding 14336x4096 takes 55 µs from bits and 248 µs
-value by value (10% kept), a product with 32 rows 36 µs and 33 µs, and cuBLAS 31 µs."""
+value by value (10% kept), a product with 32 rows 27 µs and 33 µs, and cuBLAS 31 µs."""
+BESIDE_DENSE = {Layout: 32, Scattered: 16}
+"""Rows of x beyond which a dense copy of W serves, where there is one: 16 rows take 17 µs value by value."""
 SIZES = ((8, 112), (6, 96), (4, 80))
 """Warps, and rows of their rings: for 227, 163 and 99 KiB of shared memory in a block."""
 

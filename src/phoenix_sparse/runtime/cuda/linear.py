@@ -11,6 +11,7 @@ from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.runtime.cuda import many_rows
 from phoenix_sparse.runtime.cuda.compiling import OLDEST
 from phoenix_sparse.runtime.cuda.forms import (
+    BESIDE_DENSE,
     CROSSOVER,
     FEW,
     Form,
@@ -93,7 +94,7 @@ class CudaLinear(nn.Module):
         self.register_buffer("dense_copy", None, persistent=False)  # these three are `many_rows.keep`'s
         self.register_buffer("semi_structured", None, persistent=False)
         self.register_buffer("offset_copy", None, persistent=False)  # in W's dtype
-        self.crossover = CROSSOVER[type(form)]
+        self.crossovers = CROSSOVER[type(form)], BESIDE_DENSE[type(form)]
 
     @classmethod
     def of(cls, layer: SparseLinear) -> "CudaLinear":
@@ -134,7 +135,7 @@ class CudaLinear(nn.Module):
         """(…, in) -> (…, out), in x's dtype, summed in float32."""
         dense, semi = self.dense_copy, self.semi_structured
         shape = (self.out_features, self.in_features)
-        if many_rows.serve(x.numel() // self.in_features, self.crossover, shape, dense, semi):
+        if many_rows.serve(x.numel() // self.in_features, *self.crossovers, shape, dense, semi):
             return many_rows.multiply(x, self.out_features, self.offset_copy, dense, semi)
         return cuda_linear(x, self.parts, self.numbers, self.scales, self.offset)
 

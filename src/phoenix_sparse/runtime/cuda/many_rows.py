@@ -3,7 +3,7 @@
 Beyond some rows a product is bound by arithmetic, of which sparse kernels save nothing. What then serves:
 
 - nothing more (`packed`): W is expanded for each product (`forms.expand`), into memory that the next layer uses again.
-  That takes 57 µs for 14336x4096 on an H200, where cuBLAS takes 34 µs with 128 rows of x, 161 with 1024 and 736 with
+  That takes 55 µs for 14336x4096 on an H200, where cuBLAS takes 34 µs with 128 rows of x, 161 with 1024 and 736 with
   4096.
 - a dense copy of W (`dense`): torch's dense product, at its speed. Packed form and copy take about 1.6 times the dense
   memory at 50%.
@@ -36,9 +36,6 @@ lies on the GPU; and a small model is what packing is for.
 """
 
 SHARE = 0.5  # of the memory that is free after loading, for all that `auto` keeps beside the packed form
-BESIDE_DENSE = 16
-"""Rows of x up to which the sparse kernels serve where a dense copy lies beside: on an H200 with 14336x4096 at 50% they
-take 23 µs with 16 rows and 36 with 32, cuBLAS 31; at 10%, value by value, 17 and 33."""
 SEMI_FROM = 512
 """Rows of x from which cuSPARSELt serves any 2:4 linear. Measured on an H200 with the algorithm that is searched for
 with 2048 rows, as many times as fast as cuBLAS: 1.07 to 1.39 with 512 rows, 1.15 to 1.50 with 1024, 1.41 to 1.66 with
@@ -73,10 +70,13 @@ def refuse(prefill: Prefill, why: str) -> None:
         raise PhoenixError(f"prefill={prefill}: {why}; give packed or auto")
 
 
-def serve(rows: int, crossover: int, shape: tuple[int, int], dense: Tensor | None, semi: Tensor | None) -> bool:
-    """Whether copies of W (out, in) serve so many rows of x; without any, W is expanded beyond `crossover`."""
+def serve(
+    rows: int, crossover: int, beside_dense: int, shape: tuple[int, int], dense: Tensor | None, semi: Tensor | None
+) -> bool:
+    """Whether copies of W (out, in) serve so many rows of x: beside a dense one more than `beside_dense`; without any W
+    is expanded beyond `crossover`."""
     if dense is not None:
-        return rows > min(crossover, BESIDE_DENSE)
+        return rows > beside_dense
     return semi is not None and rows > crossover and (rows >= SEMI_FROM or shape[0] > shape[1])
 
 
