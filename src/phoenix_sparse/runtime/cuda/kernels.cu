@@ -110,6 +110,7 @@ phx_linear(const unsigned char* values, const uint2* bitmaps, const u32* headers
 #pragma unroll
             for (int u = 0; u < TOGETHER; ++u) {
                 if (u >= together) break;
+                // x of these columns to registers, that of the next to shared memory.
                 const auto take = [&] {
                     if (u > 0) return;
                     if (!loaded) {
@@ -133,7 +134,7 @@ phx_linear(const unsigned char* values, const uint2* bitmaps, const u32* headers
                 take();
                 reader.decode(product);
 #else
-                u32 whole[32];
+                u32 whole[32];  // decoded while x is on its way
                 reader.decode([&](int s, const u32* a) {
 #pragma unroll
                     for (int r = 0; r < 4; ++r) whole[4 * s + r] = a[r];

@@ -51,7 +51,7 @@ class Plan:
     processors: int
     warps: int = 8
     slack: int = 24
-    ring: int = 128
+    ring: int = 112
     deepest: int = 4
 
     def __post_init__(self) -> None:
