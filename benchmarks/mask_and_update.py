@@ -131,8 +131,9 @@ def one(recipe: Recipe, part: str, sparsity: float, damp: float) -> dict[str, An
     source, task = prepare(recipe)
     machine = Machine(recipe.dtype, recipe.device, recipe.seed)
     (dense, tokenizer), model = machine.open(source), machine.load(source)
-    rows = read_jsonl(demo.task_directory() / "test.jsonl")
-    problems = tokenize(render(load_definition(str(demo.task_directory())), rows), tokenizer, recipe.finetune.max_length)
+    bundled = demo.task_directory()
+    examples = render(load_definition(str(bundled)), read_jsonl(bundled / "test.jsonl"))
+    problems = tokenize(examples, tokenizer, recipe.finetune.max_length)
     collate, at_once = PadRight(tokenizer.pad_token_id), AtOnce(recipe.evaluate.batch_size)
     tokens = steps.calibrate(source, task, recipe.sparsify, tokenizer, machine).tokens
     masks = prune(Blocks(model), PARTS[part], tokens, sparsity, damp)
