@@ -1,5 +1,7 @@
 """A packed layer in another dtype, and under torch's tracing and fake tensors: right results, or one clear line."""
 
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -173,6 +175,30 @@ def test_a_trace_holds_the_product_and_not_its_result(density):
         warnings.simplefilter("ignore")  # tracing is deprecated, and in use
         traced = torch.jit.trace(layer, (x,))
         assert torch.equal(traced(other), layer(other))
+
+
+def test_importing_phoenix_is_enough_for_saved_traces_and_exports(tmp_path):
+    x, expected = torch.randn(3, 300).bfloat16(), []
+    for density in (0.05, 0.5):
+        layer, _ = layer_of(density)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.jit.trace(layer, (x,)).save(tmp_path / f"{density}.pt")
+            torch.export.save(torch.export.export(layer, (x,)), tmp_path / f"{density}.pt2")
+            expected.append(layer(x))
+    torch.save((x, expected), tmp_path / "expected")
+    code = (
+        "import importlib.util, phoenix_sparse\n"
+        "assert importlib.util.find_spec('torch')\n"  # many ask, and don't import
+        "import torch\n"
+        "assert 'phoenix' not in repr((torch.__loader__, torch.__spec__.loader))\n"
+        "x, expected = torch.load('expected')\n"
+        "for density, y in zip((0.05, 0.5), expected):\n"
+        "    for f in (torch.jit.load(f'{density}.pt'), torch.export.load(f'{density}.pt2').module()):\n"
+        "        assert torch.equal(f(x), y)\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("density", [0.05, 0.5])
