@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from phoenix_sparse import cli_cerebras, cli_runtime, cli_sweep
-from phoenix_sparse.commands import SeveralValues, named_task, refuse_existing, say, set_up, workplace
+from phoenix_sparse.commands import Model, SeveralValues, named_task, refuse_existing, say, set_up, workplace
 from phoenix_sparse.errors import Exhausted, PhoenixError
 
 app = typer.Typer(
@@ -23,8 +23,10 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="changes, such as sparsify.sparsity=0.7")
 ]
 Section = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings of this step")]
-Model = Annotated[str, typer.Argument(help="a Hugging Face model directory, a hub name, or demo", show_default=False)]
 Out = Annotated[Path, typer.Option(help="the directory to write to", show_default=False)]
+PrunedModel = Annotated[
+    str, typer.Argument(help="the pruned model: a directory, a hub name, or demo", show_default=False)
+]
 TaskName = Annotated[
     str, typer.Option("--task", help="a built-in task, or a folder with task.yaml", show_default=False)
 ]
@@ -139,7 +141,7 @@ def prune(
 
 @app.command()
 def tune(
-    model: Annotated[str, typer.Argument(help="the pruned model's directory", show_default=False)],
+    model: PrunedModel,
     settings: Section = None,
     *,
     task: TaskName,
@@ -153,7 +155,7 @@ def tune(
     """Step 2: train the elastic adapter. Writes adapter/super and tune.json; goes on from a checkpoint in OUT."""
     from phoenix_sparse import steps
     from phoenix_sparse.finetuning.settings import FinetuneSettings
-    from phoenix_sparse.models import find_model
+    from phoenix_sparse.pipeline import model_directory
     from phoenix_sparse.recipe import check, override
 
     chosen = check(FinetuneSettings, override({}, settings or ()), "tune")
@@ -163,7 +165,7 @@ def tune(
     with set_up(dtype, device, seed, out) as machine:
         masks = masks if chosen.mode == "sparse_to_sparse" else None
         through = steps.read_masks(masks) if masks else None
-        source, examples = find_model(model), named_task(task, data, seed)
+        source, examples = model_directory(model), named_task(task, data, seed)
         with workplace(out, [source, masks], [chosen, examples.record(), dtype, device, seed]) as work:
             steps.tune(source, through, examples, chosen, out, machine, work=work)
     say(f"adapter: {out / 'adapter' / 'super'}")
@@ -171,7 +173,7 @@ def tune(
 
 @app.command()
 def search(
-    model: Annotated[str, typer.Argument(help="the pruned model's directory", show_default=False)],
+    model: PrunedModel,
     settings: Section = None,
     *,
     adapter: AdapterDirectory,
@@ -190,7 +192,7 @@ def search(
     from phoenix_sparse import steps
     from phoenix_sparse.evaluation.settings import EvaluateSettings
     from phoenix_sparse.finetuning.settings import SearchSettings
-    from phoenix_sparse.models import find_model
+    from phoenix_sparse.pipeline import model_directory
     from phoenix_sparse.recipe import check, override
 
     chosen = check(SearchSettings, override({}, settings or ()), "search")
@@ -198,7 +200,7 @@ def search(
     refuse_existing(out / "adapter" / "chosen")
     with set_up(dtype, device, seed, out) as machine:
         through = steps.read_masks(masks) if masks else None
-        source, examples = find_model(model), named_task(task, data, seed)
+        source, examples = model_directory(model), named_task(task, data, seed)
         with workplace(
             out, [source, masks, adapter], [chosen, evaluation, examples.record(), dtype, device, seed]
         ) as work:
@@ -208,7 +210,7 @@ def search(
 
 @app.command()
 def merge(
-    model: Annotated[str, typer.Argument(help="the pruned model's directory", show_default=False)],
+    model: PrunedModel,
     *,
     masks: MaskFile,
     adapter: AdapterDirectory,
@@ -223,14 +225,14 @@ def merge(
     """Step 3: merge an adapter and certify the result. Writes merged/ and certificate.json."""
     from phoenix_sparse import steps
     from phoenix_sparse.files import read_json
-    from phoenix_sparse.models import find_model
+    from phoenix_sparse.pipeline import model_directory
 
     refuse_existing(out / "merged")
     with set_up(dtype, device, seed, out) as machine:
         texts = steps.SAMPLE_TEXTS
         if task is not None:
             texts = [example.prompt + example.completion for example in named_task(task, data, seed).train[:8]]
-        steps.merge(find_model(model), steps.read_masks(masks), adapter, out, machine, remask=remask, texts=texts)
+        steps.merge(model_directory(model), steps.read_masks(masks), adapter, out, machine, remask=remask, texts=texts)
     found = read_json(out / "certificate.json")
     say(
         f"{found['off_mask_nonzeros']} non-zeros off the mask, sparsity {found['sparsity']:.4%}, "

@@ -7,11 +7,15 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from typer.core import TyperCommand
 
 from phoenix_sparse.errors import PhoenixError
+
+# For `pipeline.model_directory`, which every command with a MODEL finds it by.
+Model = Annotated[str, typer.Argument(help="a Hugging Face model directory, a hub name, or demo", show_default=False)]
 
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 
