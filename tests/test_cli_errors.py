@@ -236,6 +236,57 @@ def test_a_place_that_can_not_be_written_is_told_first(phx, broken, model_direct
     assert (broken / "file").read_text() == "a file"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("prune", "demo", "--sparsity", "50%", "--out", "x"), "prune: --sparsity should be a valid number"),
+        (("prune", "demo"), "prune: missing option '--out' (the directory to write to); see `phx prune --help`"),
+        (("prune", "--out", "x"), "prune: missing argument 'model' (a Hugging Face model directory, a hub name, or"),
+        (("prune", "demo", "--out", "x", "--sparsity"), "option '--sparsity' requires an argument; see `phx"),
+        (("prune", "demo", "--out", "x", "--hope"), "prune: no such option: --hope"),
+        (("tune", "demo", "--task", "demo", "--out", "x", "--seed", "one"), "tune: --seed should be a valid integer"),
+        (("generate", "demo", "Hello", "--max-new-tokens", "0"), "generate: --max-new-tokens should be greater than"),
+        (("cerebras", "export", "run", "--out", "x", "--mode", "dense"), "cerebras export: --mode 'dense' is not one"),
+        (("hope",), "no such command 'hope'; see `phx --help`"),
+        (("sweep", "hope"), "sweep: no such command 'hope'; see `phx sweep --help`"),
+        (("prune", "demo", "--out", ""), "the argument after --out is empty (a variable of the shell that isn't set?)"),
+        (("prune", "demo", "--out="), "--out= is empty"),
+        (("prune", "", "--out", "x"), "the argument after prune is empty"),
+    ],
+)
+def test_a_command_in_the_wrong_form_is_one_line(phx, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    code, said, errors = phx(*arguments)
+    assert (code, said, len(errors)) == (2, "", 1)
+    assert errors[0].startswith(f"phx: {words}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_command_is_told_which_there_are(phx):
+    code, _, errors = phx()
+    assert code == 2
+    assert any("prune" in line for line in errors)
+    assert phx("--help")[0] == 0
+
+
+@pytest.mark.parametrize("command", ["validate {model} --masks {masks}", "bench {model} --batch 1"])
+def test_a_directory_is_not_written_over_by_a_file(phx, broken, chain, model_directory, command):
+    arguments = command.format(model=model_directory, masks=chain / "masks.safetensors").split()
+    code, _, errors = phx(*arguments, "--out", broken / "task_empty")
+    assert (code, len(errors)) == (2, 1)
+    assert "task_empty is a directory; give a file's name" in errors[0]
+    assert (broken / "task_empty" / "task.yaml").is_file()
+    code, _, errors = phx(*arguments, "--out", broken / "file" / "x")
+    assert (code, errors) == (2, [f"phx: --out: {broken / 'file'} is not a directory"])
+
+
+@pytest.mark.parametrize("command", ["pack {sparse}", "unpack {sparse}", "shrink {sparse} --masks {masks}"])
+def test_a_place_below_a_file_is_told_first(phx, broken, chain, command):
+    arguments = command.format(sparse=chain / "sparse", masks=chain / "masks.safetensors").split()
+    code, _, errors = phx(*arguments, "--out", broken / "file" / "x")
+    assert (code, errors) == (2, [f"phx: --out: {broken / 'file'} is not a directory"])
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_place_without_permission_is_told_first(phx, tmp_path, model_directory, task_directory):
     tmp_path.chmod(0o500)

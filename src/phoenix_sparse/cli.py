@@ -7,7 +7,19 @@ from typing import Annotated, NoReturn
 import typer
 
 from phoenix_sparse import cli_cerebras, cli_runtime, cli_sweep
-from phoenix_sparse.commands import Model, SeveralValues, named_task, refuse_existing, say, set_up, workplace
+from phoenix_sparse.commands import (
+    USAGE,
+    Model,
+    SeveralValues,
+    named_task,
+    refuse_empty,
+    refuse_existing,
+    require_writable_file,
+    say,
+    set_up,
+    usage,
+    workplace,
+)
 from phoenix_sparse.errors import Exhausted, PhoenixError
 
 app = typer.Typer(
@@ -256,7 +268,9 @@ def validate(
     from phoenix_sparse.pipeline import model_directory
     from phoenix_sparse.steps import read_masks
 
-    with set_up("auto", "cpu", 0, out.parent if out else None):
+    if out is not None:
+        require_writable_file(out)
+    with set_up("auto", "cpu", 0, None):
         expected = read_masks(masks)
         layers = prunable_linears(load_model(model_directory(model), device="cpu"))
     if out is not None:
@@ -344,10 +358,18 @@ for part in (cli_runtime, cli_sweep, cli_cerebras):
 def main() -> None:
     """Run the command line; bad input is one line and exit code 2, a failed check or full memory one line and 1."""
     try:
-        app()
+        refuse_empty(sys.argv[1:])
+        sys.exit(app(standalone_mode=False, prog_name="phx") or 0)
     except PhoenixError as error:
         _fail(str(error), error.exit_code)
+    except typer.Abort:  # Ctrl-C, in some versions of typer
+        sys.exit(130)
     except Exception as error:
+        if isinstance(error, USAGE):
+            if type(error).__name__ == "NoArgsIsHelpError":  # `phx` alone is told what there is
+                print(error, file=sys.stderr)
+                sys.exit(2)
+            _fail(usage(error), 2)
         from phoenix_sparse.files import disk_is_full
 
         if disk_is_full(error):

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from phoenix_sparse.commands import Model, refuse_existing, say, set_up
+from phoenix_sparse.commands import Model, refuse_existing, require_writable_file, say, set_up
 from phoenix_sparse.errors import PhoenixError
 
 app = typer.Typer()
@@ -85,7 +85,7 @@ def pack(model: Model, *, out: Out, values: ValuesName = "auto") -> None:
 
 
 @app.command()
-def unpack(model: PackedModel, *, out: Out) -> None:
+def unpack(directory: PackedModel, *, out: Out) -> None:
     """Write the dense directory of a packed one again: bit for bit, unless its values are int8."""
     from phoenix_sparse.console import showing
     from phoenix_sparse.pipeline import model_directory
@@ -93,7 +93,7 @@ def unpack(model: PackedModel, *, out: Out) -> None:
 
     refuse_existing(out)
     with showing() as show:
-        unpack_model(model_directory(model), out, progress=show.progress)
+        unpack_model(model_directory(directory), out, progress=show.progress)
     say(f"model: {out}")
 
 
@@ -161,6 +161,8 @@ def bench(
 
     options, chosen = check(Common, {"dtype": dtype, "device": device}, "options"), check_values(values)
     kept = check_prefill(prefill)
+    if out is not None:
+        require_writable_file(out)
     batches = batch or [1, 4, 16]
     if min(batches) < 1:
         raise PhoenixError(f"bench: --batch {min(batches)} is no number of sequences; give 1 or more")
