@@ -14,6 +14,8 @@ from phoenix_sparse.commands import (
     named_task,
     refuse_empty,
     refuse_existing,
+    refuse_run,
+    require_task,
     require_writable_file,
     say,
     set_up,
@@ -173,9 +175,10 @@ def tune(
     chosen = check(FinetuneSettings, override({}, settings or ()), "tune")
     if chosen.mode == "sparse_to_sparse" and masks is None:
         raise PhoenixError("tune: mode=sparse_to_sparse trains through masks; give --masks, or mode=sparse_to_dense")
+    if chosen.mode == "sparse_to_dense" and masks is not None:
+        raise PhoenixError("tune: mode=sparse_to_dense trains without masks; leave --masks out")
     refuse_existing(out / "adapter" / "super")
     with set_up(dtype, device, seed, out) as machine:
-        masks = masks if chosen.mode == "sparse_to_sparse" else None
         through = steps.read_masks(masks) if masks else None
         source, examples = model_directory(model), named_task(task, data, seed)
         with workplace(out, [source, masks], [chosen, examples.record(), dtype, device, seed]) as work:
@@ -210,6 +213,7 @@ def search(
     chosen = check(SearchSettings, override({}, settings or ()), "search")
     evaluation = check(EvaluateSettings, {"batch_size": batch_size}, "search")
     refuse_existing(out / "adapter" / "chosen")
+    steps.require_adapter(adapter)
     with set_up(dtype, device, seed, out) as machine:
         through = steps.read_masks(masks) if masks else None
         source, examples = model_directory(model), named_task(task, data, seed)
@@ -240,6 +244,8 @@ def merge(
     from phoenix_sparse.pipeline import model_directory
 
     refuse_existing(out / "merged")
+    steps.require_adapter(adapter)
+    require_task(task, data)
     with set_up(dtype, device, seed, out) as machine:
         texts = steps.SAMPLE_TEXTS
         if task is not None:
@@ -306,6 +312,8 @@ def evaluate(
 
     if task is None and text is None:
         raise PhoenixError("eval: nothing to evaluate on; give --task, or --text, or both")
+    require_task(task, data)
+    refuse_run(out)
     if limit is not None and limit < 1:
         raise PhoenixError(f"eval: --limit is {limit}; it should be 1 or more")
     window = {"text": text, "context_length": context_length, "max_tokens": max_tokens} if text else None

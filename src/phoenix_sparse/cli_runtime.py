@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from phoenix_sparse.commands import Model, refuse_existing, require_writable_file, say, set_up
+from phoenix_sparse.commands import Model, refuse_existing, refuse_run, require_writable_file, say, set_up
 from phoenix_sparse.errors import PhoenixError
 
 app = typer.Typer()
@@ -50,6 +50,8 @@ def flops(
 
     if sparsity is not None and (masks is not None or not 0 <= sparsity < 1):
         raise PhoenixError(f"flops: --sparsity {sparsity}; give a share from 0 to below 1, or --masks, not both")
+    if out is not None:
+        refuse_run(out)
     lengths = {"prompt_length": prompt_length, "context_length": context_length}
     settings = check(EvaluateSettings, lengths, "flops")
     with set_up("auto", "cpu", 0, out), tempfile.TemporaryDirectory() as place:

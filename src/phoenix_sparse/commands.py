@@ -59,6 +59,12 @@ def named_task(name: str, data: Path | None, seed: int, **more: Any) -> Any:
     return open_task(check(TaskSettings, {"name": name, "data": data} | more, "task"), seed=seed)
 
 
+def require_task(name: str | None, data: Path | None) -> None:
+    """Refuse data without the task that it is of."""
+    if name is None and data is not None:
+        raise PhoenixError(f"--data: {data} is the data of a task, and none is given; give --task, or leave --data out")
+
+
 @contextmanager
 def set_up(dtype: str, device: str, seed: int, out: Path | None) -> Iterator[Any]:
     """Check the options that commands share, and show progress for the block."""
@@ -119,6 +125,12 @@ def refuse_existing(path: Path) -> None:
     if path.exists():
         raise PhoenixError(f"--out: {path} exists already; give another directory, or remove it")
     require_writable(path.parent)
+
+
+def refuse_run(out: Path) -> None:
+    """Refuse to write measurements over those of a run, which its manifest vouches for."""
+    if (out / "manifest.json").is_file():
+        raise PhoenixError(f"--out: {out} is a run, with figures of its own; give another directory")
 
 
 @contextmanager

@@ -255,6 +255,8 @@ def _shared(recipe: Recipe) -> dict[str, Any]:
 def _earlier(out: Path, settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The initialisations that an earlier comparison in this directory has run."""
     if not (out / FILE).is_file():
+        if out.is_dir() and any(not child.name.startswith(".") for child in out.iterdir()):
+            raise PhoenixError(f"{out} exists and is no comparison; give another directory with --out")
         return []
     there = read_json(out / FILE)
     if not isinstance(there, dict) or not {"settings", "inputs", "specs"} <= there.keys():

@@ -10,7 +10,7 @@ from phoenix_sparse import processes, steps
 from phoenix_sparse.determinism import be_deterministic
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import sha256
-from phoenix_sparse.models import empty_model, find_device, find_model, load_config
+from phoenix_sparse.models import empty_model, find_device, find_model, load_config, load_tokenizer, require_shapes
 from phoenix_sparse.progress import Announce, Progress
 from phoenix_sparse.pruning.fitting import require_fit
 from phoenix_sparse.recipe import Recipe
@@ -122,7 +122,10 @@ def prepare_all(recipe: Recipe) -> tuple[Path, Task, list[Task]]:
     if also or recipe.task.mixture:
         task = mix(task, recipe.task.mixture, also, seed=recipe.seed, drop_overlap=recipe.task.drop_overlap)
     steps.require_validation(task)
-    require_fit(empty_model(load_config(model)), recipe.sparsify)
+    empty = empty_model(load_config(model))
+    require_fit(empty, recipe.sparsify)
+    require_shapes(empty, model)
+    load_tokenizer(model)
     steps.require_targets(model, recipe.finetune)
     steps.require_trackers(recipe.finetune)
     _require_teacher(recipe, model)

@@ -132,7 +132,7 @@ class SparsifySettings(Settings):
         )
         if isinstance(value, str) and value in get_args(Method):
             return value
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             given = dict(value)
         elif isinstance(value, list | tuple):
             given = {f"block {index}": one for index, one in enumerate(value)}
