@@ -45,12 +45,36 @@ def broken(tmp_path, chain, model_directory, task_directory) -> Path:
     text = (task_directory / "task.yaml").read_text()
     (tmp_path / "task_key/task.yaml").write_text(text.replace("doc_to_target", "doc_to_targt"))
     (tmp_path / "file").write_text("a file")
+    shutil.copytree(model_directory, tmp_path / "run/sparse")
+    for name in ("wordless", "wider"):
+        shutil.copytree(model_directory, tmp_path / name)
+    for file in (tmp_path / "wordless").glob("*token*"):
+        file.unlink()
+    config = json.loads((tmp_path / "wider/config.json").read_text())
+    (tmp_path / "wider/config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
     return tmp_path
 
 
 BAD = {
     # models
     "no model": ("prune {b}/nowhere --task {task}", "nowhere is not a directory; give a Hugging Face model directory"),
+    "a run for a model": (
+        "prune {b}/run --importance magnitude",
+        "run has no config.json; its model is {b}/run/sparse",
+    ),
+    "no tokenizer": (
+        "prune {b}/wordless --task {task}",
+        "the tokenizer can't be loaded (none of its files is there); put that of the model which this came from there",
+    ),
+    "no tokenizer to compare with": (
+        "prune {b}/wordless --task {task} --compare wanda",
+        "wordless: the tokenizer can't be loaded (none of its files is there)",
+    ),
+    "another configuration": ("prune {b}/wider --importance magnitude", "by config.json, and so are "),
+    "another configuration to compare": (
+        "prune {b}/wider --task {task} --compare wanda",
+        "by config.json; is it this model's configuration?",
+    ),
     "no weights": ("prune {b}/missing --task {task}", "has no model.safetensors; only safetensors weights are read"),
     "no config": ("prune {b}/config --task {task}", "not a model configuration"),
     "NaN": ("prune {b}/nan --task {task}", "model.layers.1.mlp.up_proj.weight has 1 weights that are NaN or infinite"),
@@ -77,6 +101,31 @@ BAD = {
         "was trained through masks; give its masks.safetensors",
     ),
     # adapters
+    "a dense model": (
+        "tune {model} --task {task} --masks {masks}",
+        "of its weights are not zero where these masks are; give the model that was pruned to them",
+    ),
+    "a dense model to search": (
+        "search {model} --adapter {chain}/adapter/super --task {task} --masks {masks}",
+        "of its weights are not zero where these masks are",
+    ),
+    "a dense model to merge": (
+        "merge {model} --adapter {chain}/adapter/chosen --masks {masks}",
+        "of its weights are not zero where these masks are",
+    ),
+    "masks of another model": ("flops {model} --masks {b}/turned.safetensors", "; give this model's"),
+    "masks for nothing": (
+        "tune {sparse} --task {task} --masks {masks} mode=sparse_to_dense",
+        "trains without masks; leave --masks out",
+    ),
+    "masked again": (
+        "merge {sparse} --adapter {chain}/adapter/chosen --masks {masks} --remask",
+        "was trained through masks and fills no zero; leave --remask out",
+    ),
+    "a directory of adapters": (
+        "merge {sparse} --adapter {chain} --masks {masks}",
+        "is no adapter: No such file as phoenix.json is there; give {chain}/adapter/chosen or {chain}/adapter/super",
+    ),
     "no adapter": ("search {sparse} --adapter {b}/none --task {task} --masks {masks}", "No such file"),
     "no super-adapter": (
         "search {sparse} --adapter {chain}/adapter/chosen --task {task} --masks {masks}",
@@ -85,6 +134,12 @@ BAD = {
     # tasks
     "no task": ("prune {model} --task nothing", "'nothing' is neither built in ("),
     "no task.yaml": ("prune {model} --task {b}/task_no_yaml", "has no task.yaml"),
+    "data of no task": ("prune {model} --importance magnitude --data {task}", "give --task, or leave --data out"),
+    "data of no task to score": ("eval {model} --text {b}/file --data {task}", "give --task, or leave --data out"),
+    "data of no task to merge": (
+        "merge {sparse} --adapter {chain}/adapter/chosen --masks {masks} --data {task}",
+        "give --task, or leave --data out",
+    ),
     "no data": ("prune {model} --task gsm8k --data {b}/none", "is not a folder; it should hold <split>.jsonl"),
     "empty data": ("prune {model} --task {b}/task_empty", "train.jsonl: the file is empty"),
     "NaN in data": (
@@ -98,6 +153,19 @@ BAD = {
     "all zeros": ("prune {model} --task {task} --sparsity 1.0", "sparsity=1.0 should be less than 1"),
     "all zeros by key": ("prune {model} --task {task} sparsity=1", "sparsity=1 should be less than 1"),
     "no such setting": ("prune {model} --task {task} sparsty=0.5", "sparsty is no field; did you mean sparsity?"),
+    "a section too many": (
+        "tune {sparse} --task {task} --masks {masks} finetune.epochs=2",
+        "tune: finetune is no field; write epochs=... alone",
+    ),
+    "an empty list": (
+        "tune {sparse} --task {task} --masks {masks} targets=[]",
+        "targets=[] should have at least 1 item",
+    ),
+    "no sparsities": ("prune {model} --importance magnitude allocation={{}}", "allocation: use uniform, owl"),
+    "a teacher that is not there": (
+        "tune {sparse} --task {task} --masks {masks} distill.teacher={b}/none",
+        "none is not a directory; give a Hugging Face model directory or a hub name",
+    ),
     "no setting": ("tune {sparse} --task {task} --masks {masks} ranks", "'ranks' is not key=value"),
     "no such target": (
         "tune {sparse} --task {task} --masks {masks} targets=[nothing]",
@@ -234,6 +302,75 @@ def test_a_place_that_can_not_be_written_is_told_first(phx, broken, model_direct
         code, _, errors = phx(*arguments, "--out", broken / out)
         assert (code, errors) == (2, [f"phx: --out: {broken / 'file'} is not a directory"])
     assert (broken / "file").read_text() == "a file"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("prune", "demo", "--sparsity", "50%", "--out", "x"), "prune: --sparsity should be a valid number"),
+        (("prune", "demo"), "prune: missing option '--out' (the directory to write to); see `phx prune --help`"),
+        (("prune", "--out", "x"), "prune: missing argument 'model' (a Hugging Face model directory, a hub name, or"),
+        (("prune", "demo", "--out", "x", "--sparsity"), "option '--sparsity' requires an argument; see `phx"),
+        (("prune", "demo", "--out", "x", "--hope"), "prune: no such option: --hope"),
+        (("tune", "demo", "--task", "demo", "--out", "x", "--seed", "one"), "tune: --seed should be a valid integer"),
+        (("generate", "demo", "Hello", "--max-new-tokens", "0"), "generate: --max-new-tokens should be greater than"),
+        (("cerebras", "export", "run", "--out", "x", "--mode", "dense"), "cerebras export: --mode 'dense' is not one"),
+        (("hope",), "no such command 'hope'; see `phx --help`"),
+        (("sweep", "hope"), "sweep: no such command 'hope'; see `phx sweep --help`"),
+        (("prune", "demo", "--out", ""), "the argument after --out is empty (a variable of the shell that isn't set?)"),
+        (("prune", "demo", "--out="), "--out= is empty"),
+        (("prune", "", "--out", "x"), "the argument after prune is empty"),
+    ],
+)
+def test_a_command_in_the_wrong_form_is_one_line(phx, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    code, said, errors = phx(*arguments)
+    assert (code, said, len(errors)) == (2, "", 1)
+    assert errors[0].startswith(f"phx: {words}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_command_is_told_which_there_are(phx):
+    code, _, errors = phx()
+    assert code == 2
+    assert any("prune" in line for line in errors)
+    assert phx("--help")[0] == 0
+
+
+def test_figures_of_a_run_are_not_written_over(phx, tmp_path, model_directory):
+    (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "text").write_text("words " * 200)
+    for command in (("eval", model_directory, "--text", tmp_path / "text"), ("flops", model_directory)):
+        code, _, errors = phx(*command, "--out", tmp_path)
+        assert (code, errors) == (
+            2,
+            [f"phx: --out: {tmp_path} is a run, with figures of its own; give another directory"],
+        )
+
+
+def test_a_comparison_is_not_laid_into_something_else(phx, tmp_path, chain, model_directory, task_directory):
+    before = sorted(chain.rglob("*"))
+    code, _, errors = phx("prune", model_directory, "--task", task_directory, "--compare", "wanda", "--out", chain)
+    assert (code, errors) == (2, [f"phx: {chain} exists and is no comparison; give another directory with --out"])
+    assert sorted(chain.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["validate {model} --masks {masks}", "bench {model} --batch 1"])
+def test_a_directory_is_not_written_over_by_a_file(phx, broken, chain, model_directory, command):
+    arguments = command.format(model=model_directory, masks=chain / "masks.safetensors").split()
+    code, _, errors = phx(*arguments, "--out", broken / "task_empty")
+    assert (code, len(errors)) == (2, 1)
+    assert "task_empty is a directory; give a file's name" in errors[0]
+    assert (broken / "task_empty" / "task.yaml").is_file()
+    code, _, errors = phx(*arguments, "--out", broken / "file" / "x")
+    assert (code, errors) == (2, [f"phx: --out: {broken / 'file'} is not a directory"])
+
+
+@pytest.mark.parametrize("command", ["pack {sparse}", "unpack {sparse}", "shrink {sparse} --masks {masks}"])
+def test_a_place_below_a_file_is_told_first(phx, broken, chain, command):
+    arguments = command.format(sparse=chain / "sparse", masks=chain / "masks.safetensors").split()
+    code, _, errors = phx(*arguments, "--out", broken / "file" / "x")
+    assert (code, errors) == (2, [f"phx: --out: {broken / 'file'} is not a directory"])
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from phoenix_sparse import cli, demo
+from phoenix_sparse.errors import PhoenixError
 
 
 def phx(*arguments: object):
@@ -89,6 +91,43 @@ def test_bad_input_is_refused(sparse, tmp_path, arguments, what):
     assert done.exit_code != 0
     assert what in str(done.exception)
     assert not (tmp_path / "out").exists()
+
+
+DEMO = {
+    # commands, and what they say of the demo where it is not for them
+    "prune": (("demo", "--importance", "magnitude"), ""),
+    "tune": (("demo", "--task", "demo", "mode=sparse_to_dense", "max_steps=1", "batch_size=2"), ""),
+    "search": (("demo", "--task", "demo", "--adapter", "nowhere"), "nowhere"),
+    "merge": (("demo", "--masks", "MASKS", "--adapter", "nowhere"), "nowhere"),
+    "validate": (("demo", "--masks", "MASKS"), "demo: "),
+    "eval": (("demo", "--task", "demo", "--limit", "1"), ""),
+    "shrink": (("demo", "--masks", "MASKS"), "structured"),
+    "flops": (("demo",), ""),
+    "pack": (("demo",), "no linear of it has zeros enough to be smaller packed; give a pruned model"),
+    "unpack": (("demo",), "not a packed model; `phx pack` makes one"),
+    "generate": (("demo", "Ben has 3 red hats.", "--max-new-tokens", "2"), ""),
+    "bench": (("demo", "--batch", "1"), "no linear of this model is sparse enough to be packed; prune it first"),
+}
+
+
+@pytest.mark.parametrize("command", DEMO)
+def test_every_command_with_a_model_knows_the_demo(sparse, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    arguments, refused = DEMO[command]
+    arguments = [sparse.parent / "masks.safetensors" if one == "MASKS" else one for one in arguments]
+    done = phx(command, *arguments, *(() if command == "generate" else ("--out", "out")))
+    if refused:
+        assert isinstance(done.exception, PhoenixError)
+        assert refused in str(done.exception)
+        assert command == "validate" or not list(tmp_path.iterdir())
+    else:
+        assert done.exit_code == 0, done.output
+
+
+def test_no_command_with_a_model_is_left_out():
+    commands = typer.main.get_command(cli.app).commands
+    named = {name for name, one in commands.items() if any(part.name == "model" for part in one.params)}
+    assert named | {"unpack"} == set(DEMO)
 
 
 def test_a_packed_model_is_not_written_over(sparse, tmp_path):

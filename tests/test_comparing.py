@@ -1,5 +1,7 @@
 """A comparison: its words, its ranks, what fails in it, and how it is taken up again."""
 
+import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,34 @@ VALUES: dict[str, Any] = {"model": "m", "task": "t", "sparsify": {"sparsity": 0.
 def test_what_a_spec_leaves_out_is_as_in_a_recipe(spec, importance, update):
     sparsify = comparison_recipes(VALUES, [spec])[spec].sparsify
     assert (sparsify.importance, sparsify.update) == (importance, update)
+
+
+WORDS = (
+    ("", "wanda", "magnitude"),
+    ("", "2:4", "16x1", "structured"),
+    ("", "dsnot", "sparsegpt", "alps"),
+    ("", "owl", "evolutionary"),
+)
+
+
+@pytest.mark.parametrize("group", ["", "row", "layer", "global"])
+@pytest.mark.parametrize("keep_group", [True, False])
+def test_whatever_an_error_says_to_leave_out_can_be_left_out(group, keep_group):
+    """As long as errors come, they name something that is there and is not needed."""
+    for words in itertools.product(*WORDS):
+        spec, beside = list(filter(None, words)), {"group": group} if group else {}
+        while spec:
+            try:
+                comparison_recipes(VALUES, ["+".join(spec)], [f"group={beside['group']}"] if beside else [])
+                break
+            except PhoenixError as error:
+                (said,) = re.findall("; leave (.*)$", str(error))
+                first, _, other = said.partition(" out, or ")
+                if first.removesuffix(" out") == "group" and not (keep_group and other):
+                    del beside["group"]
+                else:
+                    for word in (other or first.removesuffix(" out")).split(" and "):
+                        spec.remove(word)
 
 
 def test_recipes_differ_in_the_pruning_alone():

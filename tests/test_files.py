@@ -115,3 +115,20 @@ def test_all_else_of_yaml_stays_what_it_is(value):
     assert parse_yaml(yaml.safe_dump(value)) == value
     for text in ("0x1F", "0b1", "017", "1_000", "1.5e+3", ".inf", "yes", "~", "2025-01-02", "!!int '4:2'"):
         assert parse_yaml(text) == yaml.safe_load(text)
+
+
+def test_a_file_never_takes_a_directory_s_place(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "work").write_text("years of it")
+    with pytest.raises(PhoenixError, match="mine: a directory, and what is written is a file; give a file's name"):
+        write_json(tmp_path / "mine", {})
+    assert (tmp_path / "mine" / "work").read_text() == "years of it"
+
+
+def test_a_place_below_a_file_is_told_and_not_traced(tmp_path):
+    (tmp_path / "file").write_text("a file")
+    with (
+        pytest.raises(PhoenixError, match="it can't be written; give another place"),
+        atomic_path(tmp_path / "file" / "x") as temporary,
+    ):
+        temporary.mkdir()

@@ -1,5 +1,7 @@
 """Every kind of recipe goes all the way; one that can't is refused at its beginning."""
 
+import shutil
+
 import pytest
 
 from phoenix_sparse import pipeline
@@ -131,6 +133,12 @@ def test_the_same_recipe_gives_the_same_model_and_another_seed_another(tmp_path,
 
 def test_what_is_missing_is_told_before_anything_is_written(tmp_path, model_directory, task_directory):
     recipe = small(model_directory, task_directory)
+    short, wordless, wider = (tmp_path / name for name in ("short", "wordless", "wider"))
+    short.write_text("a few words")
+    shutil.copytree(model_directory, wordless, ignore=shutil.ignore_patterns("*token*"))
+    shutil.copytree(model_directory, wider)
+    config = (wider / "config.json").read_text()
+    (wider / "config.json").write_text(config.replace('"intermediate_size": 48', '"intermediate_size": 96'))
     for changes, words in (
         (["model=./nowhere"], "model: ./nowhere is not a directory"),
         (["task=nothing"], "task: 'nothing' is neither built in"),
@@ -140,6 +148,14 @@ def test_what_is_missing_is_told_before_anything_is_written(tmp_path, model_dire
         (["finetune.targets=[w_proj]"], "finetune.targets: no linear is called w_proj; there are down_proj, gate_proj"),
         (["evaluate.perplexity={text: a.txt, context_length: 1000}"], "the model's whole context is 256"),
         (["evaluate.perplexity={text: nowhere.txt, context_length: 64}"], r"nowhere\.txt: No such file"),
+        ([f"evaluate.perplexity={{text: {short}, context_length: 64}}"], "perplexity.text: .* less than one sequence"),
+        (
+            [f"sparsify.calibration={{source: text, text: {short}, length: 64}}"],
+            "calibration.text: .* less than one sequence of 64; give more",
+        ),
+        ([f"model={wordless}"], "the tokenizer can't be loaded .none of its files is there"),
+        ([f"finetune.distill.teacher={wordless}"], "the tokenizer can't be loaded .none of its files is there"),
+        ([f"model={wider}"], "by config.json; is it this model's configuration"),
     ):
         values = override(recipe.model_dump(mode="json"), changes)
         with pytest.raises(PhoenixError, match=words):

@@ -44,6 +44,9 @@ def refusal(action) -> str:
         ("task.mixture=[{name: mawps, dat: /x}]", "task.mixture.0.dat is no field; did you mean task.mixture.0.data?"),
         ("evaluate.also=[{nam: mawps}]", "evaluate.also.0.nam is no field; did you mean evaluate.also.0.name?"),
         ("finetune.distill={logit: 1}", "finetune.distill.logit is no field; did you mean finetune.distill.logits?"),
+        ("sparsify.sparsity=no", "sparsify.sparsity: false is no number; give one"),
+        ("finetune.max_steps=on", "finetune.max_steps: true is no number; give one"),
+        ("seed=true", "seed: true is no number; give one"),
         ("search.zzz=1", "search.zzz is no field; known here: bounds, hill_climb, nsga2, population, examples"),
         # values
         ("sparsify.sparsity=1.0", "sparsify.sparsity=1.0 should be less than 1"),

@@ -7,7 +7,21 @@ from typing import Annotated, NoReturn
 import typer
 
 from phoenix_sparse import cli_cerebras, cli_runtime, cli_sweep
-from phoenix_sparse.commands import SeveralValues, named_task, refuse_existing, say, set_up, workplace
+from phoenix_sparse.commands import (
+    USAGE,
+    Model,
+    SeveralValues,
+    named_task,
+    refuse_empty,
+    refuse_existing,
+    refuse_run,
+    require_task,
+    require_writable_file,
+    say,
+    set_up,
+    usage,
+    workplace,
+)
 from phoenix_sparse.errors import Exhausted, PhoenixError
 
 app = typer.Typer(
@@ -23,8 +37,10 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="changes, such as sparsify.sparsity=0.7")
 ]
 Section = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings of this step")]
-Model = Annotated[str, typer.Argument(help="a Hugging Face model directory, a hub name, or demo", show_default=False)]
 Out = Annotated[Path, typer.Option(help="the directory to write to", show_default=False)]
+PrunedModel = Annotated[
+    str, typer.Argument(help="the pruned model: a directory, a hub name, or demo", show_default=False)
+]
 TaskName = Annotated[
     str, typer.Option("--task", help="a built-in task, or a folder with task.yaml", show_default=False)
 ]
@@ -139,7 +155,7 @@ def prune(
 
 @app.command()
 def tune(
-    model: Annotated[str, typer.Argument(help="the pruned model's directory", show_default=False)],
+    model: PrunedModel,
     settings: Section = None,
     *,
     task: TaskName,
@@ -153,17 +169,18 @@ def tune(
     """Step 2: train the elastic adapter. Writes adapter/super and tune.json; goes on from a checkpoint in OUT."""
     from phoenix_sparse import steps
     from phoenix_sparse.finetuning.settings import FinetuneSettings
-    from phoenix_sparse.models import find_model
+    from phoenix_sparse.pipeline import model_directory
     from phoenix_sparse.recipe import check, override
 
     chosen = check(FinetuneSettings, override({}, settings or ()), "tune")
     if chosen.mode == "sparse_to_sparse" and masks is None:
         raise PhoenixError("tune: mode=sparse_to_sparse trains through masks; give --masks, or mode=sparse_to_dense")
+    if chosen.mode == "sparse_to_dense" and masks is not None:
+        raise PhoenixError("tune: mode=sparse_to_dense trains without masks; leave --masks out")
     refuse_existing(out / "adapter" / "super")
     with set_up(dtype, device, seed, out) as machine:
-        masks = masks if chosen.mode == "sparse_to_sparse" else None
         through = steps.read_masks(masks) if masks else None
-        source, examples = find_model(model), named_task(task, data, seed)
+        source, examples = model_directory(model), named_task(task, data, seed)
         with workplace(out, [source, masks], [chosen, examples.record(), dtype, device, seed]) as work:
             steps.tune(source, through, examples, chosen, out, machine, work=work)
     say(f"adapter: {out / 'adapter' / 'super'}")
@@ -171,7 +188,7 @@ def tune(
 
 @app.command()
 def search(
-    model: Annotated[str, typer.Argument(help="the pruned model's directory", show_default=False)],
+    model: PrunedModel,
     settings: Section = None,
     *,
     adapter: AdapterDirectory,
@@ -190,15 +207,16 @@ def search(
     from phoenix_sparse import steps
     from phoenix_sparse.evaluation.settings import EvaluateSettings
     from phoenix_sparse.finetuning.settings import SearchSettings
-    from phoenix_sparse.models import find_model
+    from phoenix_sparse.pipeline import model_directory
     from phoenix_sparse.recipe import check, override
 
     chosen = check(SearchSettings, override({}, settings or ()), "search")
     evaluation = check(EvaluateSettings, {"batch_size": batch_size}, "search")
     refuse_existing(out / "adapter" / "chosen")
+    steps.require_adapter(adapter)
     with set_up(dtype, device, seed, out) as machine:
         through = steps.read_masks(masks) if masks else None
-        source, examples = find_model(model), named_task(task, data, seed)
+        source, examples = model_directory(model), named_task(task, data, seed)
         with workplace(
             out, [source, masks, adapter], [chosen, evaluation, examples.record(), dtype, device, seed]
         ) as work:
@@ -208,7 +226,7 @@ def search(
 
 @app.command()
 def merge(
-    model: Annotated[str, typer.Argument(help="the pruned model's directory", show_default=False)],
+    model: PrunedModel,
     *,
     masks: MaskFile,
     adapter: AdapterDirectory,
@@ -223,14 +241,16 @@ def merge(
     """Step 3: merge an adapter and certify the result. Writes merged/ and certificate.json."""
     from phoenix_sparse import steps
     from phoenix_sparse.files import read_json
-    from phoenix_sparse.models import find_model
+    from phoenix_sparse.pipeline import model_directory
 
     refuse_existing(out / "merged")
+    steps.require_adapter(adapter)
+    require_task(task, data)
     with set_up(dtype, device, seed, out) as machine:
         texts = steps.SAMPLE_TEXTS
         if task is not None:
             texts = [example.prompt + example.completion for example in named_task(task, data, seed).train[:8]]
-        steps.merge(find_model(model), steps.read_masks(masks), adapter, out, machine, remask=remask, texts=texts)
+        steps.merge(model_directory(model), steps.read_masks(masks), adapter, out, machine, remask=remask, texts=texts)
     found = read_json(out / "certificate.json")
     say(
         f"{found['off_mask_nonzeros']} non-zeros off the mask, sparsity {found['sparsity']:.4%}, "
@@ -254,7 +274,9 @@ def validate(
     from phoenix_sparse.pipeline import model_directory
     from phoenix_sparse.steps import read_masks
 
-    with set_up("auto", "cpu", 0, out.parent if out else None):
+    if out is not None:
+        require_writable_file(out)
+    with set_up("auto", "cpu", 0, None):
         expected = read_masks(masks)
         layers = prunable_linears(load_model(model_directory(model), device="cpu"))
     if out is not None:
@@ -290,6 +312,8 @@ def evaluate(
 
     if task is None and text is None:
         raise PhoenixError("eval: nothing to evaluate on; give --task, or --text, or both")
+    require_task(task, data)
+    refuse_run(out)
     if limit is not None and limit < 1:
         raise PhoenixError(f"eval: --limit is {limit}; it should be 1 or more")
     window = {"text": text, "context_length": context_length, "max_tokens": max_tokens} if text else None
@@ -342,10 +366,18 @@ for part in (cli_runtime, cli_sweep, cli_cerebras):
 def main() -> None:
     """Run the command line; bad input is one line and exit code 2, a failed check or full memory one line and 1."""
     try:
-        app()
+        refuse_empty(sys.argv[1:])
+        sys.exit(app(standalone_mode=False, prog_name="phx") or 0)
     except PhoenixError as error:
         _fail(str(error), error.exit_code)
+    except typer.Abort:  # Ctrl-C, in some versions of typer
+        sys.exit(130)
     except Exception as error:
+        if isinstance(error, USAGE):
+            if type(error).__name__ == "NoArgsIsHelpError":  # `phx` alone is told what there is
+                print(error, file=sys.stderr)
+                sys.exit(2)
+            _fail(usage(error), 2)
         from phoenix_sparse.files import disk_is_full
 
         if disk_is_full(error):

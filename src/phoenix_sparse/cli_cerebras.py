@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from phoenix_sparse.commands import refuse_existing, require_writable, say
+from phoenix_sparse.commands import refuse_existing, require_writable, require_writable_file, say
 
 app = typer.Typer()
 cerebras = typer.Typer(no_args_is_help=True, help="From a run to a job for a Cerebras system, and back.")
@@ -95,6 +95,8 @@ def trace(
     from phoenix_sparse.console import showing
     from phoenix_sparse.files import write_json
 
+    if output is not None:
+        require_writable_file(output)
     environment = find_environment(python)
     with showing():
         found = trace_run(run, mode.value, environment)
@@ -153,6 +155,7 @@ def validate(
     from phoenix_sparse.files import write_json
     from phoenix_sparse.masks import load_mask
 
+    require_writable_file(output)
     given: dict[str, Any] = load_mask(masks)[0]
     found = check_zeros(checkpoint, given, config, find_environment(python))
     write_json(output, found)

@@ -5,15 +5,15 @@ from typing import Annotated
 
 import typer
 
-from phoenix_sparse.commands import refuse_existing, say, set_up
+from phoenix_sparse.commands import Model, refuse_existing, refuse_run, require_writable_file, say, set_up
 from phoenix_sparse.errors import PhoenixError
 
 app = typer.Typer()
 
-Directory = Annotated[str, typer.Argument(help="a Hugging Face model directory or a hub name", show_default=False)]
-PackedDirectory = Annotated[Path, typer.Argument(help="a directory that phx pack wrote", show_default=False)]
-Counted = Annotated[str, typer.Argument(metavar="MODEL", help="a directory, a hub name, or demo", show_default=False)]
-AnyModel = Annotated[str, typer.Argument(help="a model directory, packed or not", show_default=False)]
+PackedModel = Annotated[str, typer.Argument(help="a model that phx pack wrote: its directory", show_default=False)]
+AnyModel = Annotated[
+    str, typer.Argument(help="as elsewhere (a directory, a hub name, demo), packed or not", show_default=False)
+]
 Out = Annotated[Path, typer.Option(help="the directory to write", show_default=False)]
 DtypeName = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16")]
 DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu or cuda")]
@@ -25,7 +25,7 @@ ValuesName = Annotated[str, typer.Option(help="of the kept weights: auto (as sto
 
 @app.command()
 def flops(
-    model: Counted,
+    model: Model,
     *,
     masks: Annotated[Path | None, typer.Option(help="masks.safetensors; dense unless given")] = None,
     sparsity: Annotated[float | None, typer.Option(help="of all matrices of the blocks, in place of masks")] = None,
@@ -50,6 +50,8 @@ def flops(
 
     if sparsity is not None and (masks is not None or not 0 <= sparsity < 1):
         raise PhoenixError(f"flops: --sparsity {sparsity}; give a share from 0 to below 1, or --masks, not both")
+    if out is not None:
+        refuse_run(out)
     lengths = {"prompt_length": prompt_length, "context_length": context_length}
     settings = check(EvaluateSettings, lengths, "flops")
     with set_up("auto", "cpu", 0, out), tempfile.TemporaryDirectory() as place:
@@ -63,16 +65,16 @@ def flops(
 
 
 @app.command()
-def pack(model: Directory, *, out: Out, values: ValuesName = "auto") -> None:
+def pack(model: Model, *, out: Out, values: ValuesName = "auto") -> None:
     """Write a packed copy of a pruned model: a bit a weight and the kept values. It opens where Phoenix is imported."""
     from phoenix_sparse.console import showing
-    from phoenix_sparse.models import find_model
+    from phoenix_sparse.pipeline import model_directory
     from phoenix_sparse.runtime.packing import check_values, pack_model
 
     chosen = check_values(values)
     refuse_existing(out)
     with showing() as show:
-        record = pack_model(find_model(model), out, values=chosen, progress=show.progress)
+        record = pack_model(model_directory(model), out, values=chosen, progress=show.progress)
     if record["negative_zeros"]:
         say(f"negative zeros: {record['negative_zeros']:,} became zeros; unpacking gives equal weights, not equal bits")
     say(
@@ -85,14 +87,15 @@ def pack(model: Directory, *, out: Out, values: ValuesName = "auto") -> None:
 
 
 @app.command()
-def unpack(directory: PackedDirectory, *, out: Out) -> None:
+def unpack(directory: PackedModel, *, out: Out) -> None:
     """Write the dense directory of a packed one again: bit for bit, unless its values are int8."""
     from phoenix_sparse.console import showing
+    from phoenix_sparse.pipeline import model_directory
     from phoenix_sparse.runtime.packing import unpack_model
 
     refuse_existing(out)
     with showing() as show:
-        unpack_model(directory, out, progress=show.progress)
+        unpack_model(model_directory(directory), out, progress=show.progress)
     say(f"model: {out}")
 
 
@@ -107,7 +110,9 @@ def generate(
     prefill: PrefillName = "packed",
 ) -> None:
     """Continue a prompt with a packed or an ordinary model, greedily."""
-    from phoenix_sparse.models import find_model, load_tokenizer
+    from phoenix_sparse.console import showing
+    from phoenix_sparse.models import load_tokenizer
+    from phoenix_sparse.pipeline import model_directory
     from phoenix_sparse.recipe import check
     from phoenix_sparse.runtime.cuda.many_rows import check_prefill
     from phoenix_sparse.runtime.loading import generate as continue_text
@@ -115,10 +120,12 @@ def generate(
     from phoenix_sparse.steps import Common
 
     options, kept = check(Common, {"dtype": dtype, "device": device}, "options"), check_prefill(prefill)
-    directory = find_model(model)
-    tokenizer = load_tokenizer(directory)
-    loaded = open_model(directory, options.dtype, options.device, kept)
-    say(continue_text(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens))
+    with showing():
+        directory = model_directory(model)
+        tokenizer = load_tokenizer(directory)
+        loaded = open_model(directory, options.dtype, options.device, kept)
+        text = continue_text(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens)
+    say(text)
 
 
 @app.command()
@@ -144,7 +151,7 @@ def bench(
     """
     from phoenix_sparse.console import OUT, showing
     from phoenix_sparse.files import write_json
-    from phoenix_sparse.models import find_model
+    from phoenix_sparse.pipeline import model_directory
     from phoenix_sparse.recipe import check
     from phoenix_sparse.report import bench_tables
     from phoenix_sparse.runs import host
@@ -156,6 +163,8 @@ def bench(
 
     options, chosen = check(Common, {"dtype": dtype, "device": device}, "options"), check_values(values)
     kept = check_prefill(prefill)
+    if out is not None:
+        require_writable_file(out)
     batches = batch or [1, 4, 16]
     if min(batches) < 1:
         raise PhoenixError(f"bench: --batch {min(batches)} is no number of sequences; give 1 or more")
@@ -163,7 +172,7 @@ def bench(
         steps = {}
         if training:  # first: it refuses what the other measures can do with
             steps["training"] = measure_training(
-                find_model(model),
+                model_directory(model),
                 batches=batches,
                 length=prompt,
                 repeats=repeats,
@@ -172,7 +181,7 @@ def bench(
                 progress=show.progress,
             )
         record = steps | measure(
-            find_model(model),
+            model_directory(model),
             values=chosen,
             batches=batches,
             prompt=prompt,

@@ -129,10 +129,12 @@ def status(file: SweepFile, overrides: Overrides = None, *, out: Out = None) -> 
     places = Places(file) if file.is_dir() else Places(_directory(file, overrides, out))
     found = standings(places, known_cells(places))
     for one in found:
-        if one.state in ("running", "stopped"):
+        if one.state in ("running", "interrupted"):
             say(f"{one.state}: {one.name} ({one.stage or 'starting'}, attempt {one.attempts})")
     _tell_failures(found)
     say(_counted(found))
+    if any(one.state == "interrupted" for one in found):
+        say(f"`phx sweep resume {places.out}` goes on with what was interrupted")
 
 
 @sweep.command(hidden=True)
@@ -143,39 +145,44 @@ def one(
     models: Annotated[bool, typer.Option("--models/--no-models", help="keep the finished run's models")] = True,
 ) -> None:
     """Run one cell of a sweep that is laid out, or go on with it: what the engine starts for each."""
+    from phoenix_sparse.sweep.places import Places, note
+
+    places = Places(out)
+    try:
+        signal.signal(signal.SIGTERM, _interrupt)  # first: what is imported takes seconds
+        sys.unraisablehook = _again
+        _run_cell(places, name, share=share, models=models)
+    except KeyboardInterrupt:
+        note(places.cell(name), "interrupted", pid=os.getpid())
+        typer.echo("interrupted; `phx sweep resume` goes on from the last checkpoint", err=True)
+        raise typer.Exit(130) from None
+
+
+def _run_cell(places: Any, name: str, *, share: bool, models: bool) -> None:
     from phoenix_sparse import pipeline
     from phoenix_sparse.console import showing
     from phoenix_sparse.report import build_report
     from phoenix_sparse.runs import MANIFEST
-    from phoenix_sparse.sweep.places import Places
     from phoenix_sparse.sweep.running import cell_recipe, end_with, remove_models
     from phoenix_sparse.sweep.shared_work import sharing
     from phoenix_sparse.sweep.status import is_complete
 
-    signal.signal(signal.SIGTERM, _interrupt)
-    sys.unraisablehook = _again
     if parent := os.environ.get("PHOENIX_SWEEP_PARENT"):
         end_with(int(parent))
-    places = Places(out)
-    recipe = cell_recipe(places, name)
-    directory = places.run(name)
-    try:
-        if models or not is_complete(directory):  # one that ended while its models were removed has no more to do
-            with showing() as show:
-                pipeline.run(
-                    recipe,
-                    directory,
-                    resume=(directory / MANIFEST).is_file(),
-                    progress=show.progress,
-                    announce=show.announce,
-                    share=sharing(recipe, places.shared) if share else None,
-                )
-        if not models:
-            remove_models(directory)
-            build_report(directory)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; `phx sweep resume` goes on from the last checkpoint", err=True)
-        raise typer.Exit(130) from None
+    recipe, directory = cell_recipe(places, name), places.run(name)
+    if models or not is_complete(directory):  # one that ended while its models were removed has no more to do
+        with showing() as show:
+            pipeline.run(
+                recipe,
+                directory,
+                resume=(directory / MANIFEST).is_file(),
+                progress=show.progress,
+                announce=show.announce,
+                share=sharing(recipe, places.shared) if share else None,
+            )
+    if not models:
+        remove_models(directory)
+        build_report(directory)
 
 
 def _interrupt(*_: Any) -> None:
@@ -219,7 +226,7 @@ def _run(file: Path, overrides: list[str] | None, out: Path | None, *, resume: b
     say(_counted(found), f"registry: {directory / 'registry.csv'}")
     states = {one.state for one in found}
     if states - {"done", "failed"}:
-        typer.echo("phx: stopped; go on with `phx sweep resume`", err=True)
+        typer.echo(f"phx: stopped; go on with `phx sweep resume {directory}`", err=True)
         raise typer.Exit(130)
     if "failed" in states:
         raise typer.Exit(PARTLY)

@@ -4,14 +4,20 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from typer.core import TyperCommand
 
 from phoenix_sparse.errors import PhoenixError
+
+# For `pipeline.model_directory`, which every command with a MODEL finds it by.
+Model = Annotated[str, typer.Argument(help="a Hugging Face model directory, a hub name, or demo", show_default=False)]
+
+USAGE: Any = typer.BadParameter.__base__  # what typer raises where options and arguments are not what they should be
 
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 
@@ -53,6 +59,12 @@ def named_task(name: str, data: Path | None, seed: int, **more: Any) -> Any:
     return open_task(check(TaskSettings, {"name": name, "data": data} | more, "task"), seed=seed)
 
 
+def require_task(name: str | None, data: Path | None) -> None:
+    """Refuse data without the task that it is of."""
+    if name is None and data is not None:
+        raise PhoenixError(f"--data: {data} is the data of a task, and none is given; give --task, or leave --data out")
+
+
 @contextmanager
 def set_up(dtype: str, device: str, seed: int, out: Path | None) -> Iterator[Any]:
     """Check the options that commands share, and show progress for the block."""
@@ -78,10 +90,47 @@ def require_writable(out: Path) -> None:
         raise PhoenixError(f"--out: {here} can't be written to; give another directory")
 
 
+def require_writable_file(out: Path) -> None:
+    """As `require_writable`, for a file: one that is there is written over, a directory is not."""
+    if out.is_dir():
+        raise PhoenixError(f"--out: {out} is a directory; give a file's name, such as {out / 'figures.json'}")
+    require_writable(out.parent)
+
+
+def refuse_empty(words: Sequence[str]) -> None:
+    """Refuse arguments of nothing: as a path that would be the directory that one is in."""
+    for number, word in enumerate(words):
+        if not word or (word.startswith("--") and word.endswith("=")):
+            which = word or f"the argument after {words[number - 1]}" if number or word else "the first argument"
+            raise PhoenixError(
+                f"{which} is empty (a variable of the shell that isn't set?); give it a value, or leave it out"
+            )
+
+
+def usage(error: Any) -> str:
+    """What is wrong with the options and arguments of a command, in one line, and where to read what is right."""
+    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+    command = " ".join(context.command_path.split()[1:]) if context is not None else ""
+    said = " ".join(error.format_message().split()).rstrip(".")
+    # In the words of messages about settings, which this is one of as well.
+    said = re.sub(r"^Invalid value for '(.+?)': (Input |Value error, )?", r"\1 ", said)
+    said = said if said.startswith("-") else said[:1].lower() + said[1:]
+    takes = getattr(parameter, "help", None)
+    see = " ".join(filter(None, ("phx", command, "--help")))
+    return f"{command}{': ' if command else ''}{said}{f' ({takes})' if takes else ''}; see `{see}`"
+
+
 def refuse_existing(path: Path) -> None:
     """Refuse to write over what an earlier step made: an adapter or a model may hang on it."""
     if path.exists():
         raise PhoenixError(f"--out: {path} exists already; give another directory, or remove it")
+    require_writable(path.parent)
+
+
+def refuse_run(out: Path) -> None:
+    """Refuse to write measurements over those of a run, which its manifest vouches for."""
+    if (out / "manifest.json").is_file():
+        raise PhoenixError(f"--out: {out} is a run, with figures of its own; give another directory")
 
 
 @contextmanager

@@ -27,7 +27,12 @@ UPDATES = tuple(name for name in get_args(Update) if name != "none")
 ALLOCATIONS = tuple(name for name in get_args(Method) if name != "uniform")
 SCORE_THEMSELVES = ("sparsegpt", "alps")
 # What a spec says, so that no other setting may.
-SAID_BY_SPECS = ("importance", "update", "allocation", "pattern")
+SAID_BY_SPECS = {
+    "importance": "magnitude+owl",
+    "update": "dsnot+owl (an importance without one has none)",
+    "allocation": "wanda+owl",
+    "pattern": "wanda+2:4",
+}
 # A short fine-tune of one rank, of which the search has nothing to choose: one example is enough for its record.
 SHORT: dict[str, Any] = {
     "finetune": {"ranks": [32], "max_steps": 100},
@@ -116,7 +121,7 @@ def comparison_recipes(
     whole = check(Recipe, {"name": "all", **shared}, "compare")
     said = [field for field in SAID_BY_SPECS if field in shared["sparsify"]]
     if said:
-        raise PhoenixError(f"compare: {said[0]} can't be set; name it in a spec, such as wanda+owl")
+        raise PhoenixError(f"compare: {said[0]} can't be set; name it in a spec, such as {SAID_BY_SPECS[said[0]]}")
     if whole.evaluate.split != "validation" or "pruned" not in whole.evaluate.baselines:
         raise PhoenixError("compare: evaluate needs split: validation, and pruned among its baselines, to rank by")
     found: dict[str, Recipe] = {}
@@ -250,6 +255,8 @@ def _shared(recipe: Recipe) -> dict[str, Any]:
 def _earlier(out: Path, settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The initialisations that an earlier comparison in this directory has run."""
     if not (out / FILE).is_file():
+        if out.is_dir() and any(not child.name.startswith(".") for child in out.iterdir()):
+            raise PhoenixError(f"{out} exists and is no comparison; give another directory with --out")
         return []
     there = read_json(out / FILE)
     if not isinstance(there, dict) or not {"settings", "inputs", "specs"} <= there.keys():

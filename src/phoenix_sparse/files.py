@@ -37,7 +37,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
         _sync(temporary)
         _replace(temporary, target)
     except OSError as error:
-        raise _readable(error, target) from error
+        raise _readable(error, target, "it can't be written; give another place") from error
     except BaseException as error:
         if disk_is_full(error):
             raise PhoenixError(f"{target}: the disk is full; free some space, then run the same again") from error
@@ -47,6 +47,8 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 
 def write_text(target: Path, text: str) -> None:
+    if Path(target).is_dir():  # which would be replaced, with all that lies in it
+        raise PhoenixError(f"{target}: a directory, and what is written is a file; give a file's name")
     with atomic_path(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -65,7 +67,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise _readable(error, path) from error
+        raise _readable(error, path, "is its directory whole, and the right one?") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise PhoenixError(f"{path}: not a JSON file ({error})") from error
 
@@ -129,7 +131,7 @@ def sha256(path: Path) -> str:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise _readable(error, path) from error
+        raise _readable(error, path, "give a file or directory that is there") from error
 
 
 def inside(directory: Path, name: str) -> Path:
@@ -148,10 +150,10 @@ def disk_is_full(error: BaseException) -> bool:
     return any(text in str(error) for text in texts)
 
 
-def _readable(error: OSError, path: Path) -> PhoenixError:
+def _readable(error: OSError, path: Path, instead: str) -> PhoenixError:
     if disk_is_full(error):
         return PhoenixError(f"{path}: the disk is full; free some space, then run the same again")
-    return PhoenixError(f"{path}: {error.strerror or error}")
+    return PhoenixError(f"{path}: {error.strerror or error}; {instead}")
 
 
 def _sync(path: Path) -> None:
@@ -187,4 +189,5 @@ def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()

@@ -254,6 +254,20 @@ def require_preserved(masks: Masks, layers: Mapping[str, nn.Linear], where: str)
     return report
 
 
+def require_pruned(masks: Masks, layers: Mapping[str, nn.Linear], where: str) -> None:
+    """Refuse a model that isn't zero where the masks are: what is trained through them would be merged with the rest.
+
+    Raises:
+        PhoenixError: with what to give instead.
+    """
+    off = sum(layer["off_mask_nonzeros"] for layer in inspect(masks, layers).values())
+    if off:
+        raise PhoenixError(
+            f"{where}: {off:,} of its weights are not zero where these masks are; give the model that was pruned to "
+            "them, the sparse/ beside masks.safetensors"
+        )
+
+
 def _check_masks(masks: Masks) -> None:
     for name, mask in masks.items():
         if mask.dtype != torch.bool:

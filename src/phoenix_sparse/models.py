@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from phoenix_sparse.checkpoint import INDEX, SINGLE, check_finite_tensor
+from phoenix_sparse.checkpoint import INDEX, SINGLE, Checkpoint, check_finite_tensor
 from phoenix_sparse.errors import PhoenixError, first_line
 from phoenix_sparse.files import atomic_path
 from phoenix_sparse.settings import Device, Dtype
@@ -19,6 +19,7 @@ LIBRARY_ERRORS = (
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 OTHER_COPIES = ["consolidated*", "*/*", "*.fp16.*"]  # of the same weights, in some repositories
 WEIGHTS = (SINGLE, INDEX)
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def find_model(name: str) -> Path:
@@ -33,7 +34,11 @@ def find_model(name: str) -> Path:
             raise PhoenixError(f"model: {name} is not a directory; give a Hugging Face model directory or a hub name")
         directory = _download(name)
     if not (directory / "config.json").is_file():
-        raise PhoenixError(f"model: {directory} has no config.json; give a Hugging Face model directory")
+        inside = [
+            str(directory / name) for name in ("merged", "sparse") if (directory / name / "config.json").is_file()
+        ]
+        instead = f"its model is {' or '.join(inside)}" if inside else "give a Hugging Face model directory"
+        raise PhoenixError(f"model: {directory} has no config.json; {instead}")
     if not any((directory / file).is_file() for file in WEIGHTS):
         raise PhoenixError(f"model: {directory} has no {WEIGHTS[0]}; only safetensors weights are read")
     return directory
@@ -47,7 +52,8 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=FILES, ignore_patterns=OTHER_COPIES))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise PhoenixError(
-            f"model: {name} is neither a local directory nor to be had from the hub ({first_line(error)})"
+            f"model: {name} is neither a local directory nor to be had from the hub ({first_line(error)}); look at the "
+            "name, or give a directory"
         ) from error
 
 
@@ -71,7 +77,9 @@ def load_config(directory: Path, *, packed: bool = False) -> Any:
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (*LIBRARY_ERRORS, StrictDataclassError) as error:
-        raise PhoenixError(f"{directory}/config.json: not a model configuration ({first_line(error)})") from error
+        raise PhoenixError(
+            f"{directory}/config.json: not a model configuration ({first_line(error)}); give a model's"
+        ) from error
     entry = getattr(config, "quantization_config", None)
     if isinstance(entry, dict) and entry.get("quant_method") == "phoenix_sparse":
         if not packed:
@@ -116,16 +124,20 @@ def load_model(directory: Path, dtype: Dtype = "auto", device: Device = "auto") 
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # which are told below, by name
         )
     except (*LIBRARY_ERRORS, SafetensorError) as error:
         raise PhoenixError(f"{directory}: the weights can't be loaded ({first_line(error)})") from error
     model, info = loaded
-    for kind in ("missing_keys", "mismatched_keys"):
-        if info.get(kind):
-            name = sorted(str(key) for key in info[kind])[0]
-            raise PhoenixError(
-                f"{directory}: {len(info[kind])} {kind.replace('_', ' ')}, {name} first; the file is not whole"
-            )
+    if info.get("missing_keys"):
+        missing = sorted(str(key) for key in info["missing_keys"])
+        raise PhoenixError(f"{directory}: {len(missing)} missing keys, {missing[0]} first; the file is not whole")
+    if info.get("mismatched_keys"):
+        name, stored, expected = min(info["mismatched_keys"])
+        raise PhoenixError(
+            f"{directory}: {name} is {tuple(stored)} in the file and {tuple(expected)} by config.json, and so are "
+            f"{len(info['mismatched_keys']) - 1} others; is it this model's configuration?"
+        )
     beyond = [key for key in info.get("unexpected_keys", ()) if _is_block_weight(key, model)]
     if beyond:
         raise PhoenixError(
@@ -134,6 +146,17 @@ def load_model(directory: Path, dtype: Dtype = "auto", device: Device = "auto") 
         )
     check_finite(model, directory)
     return model.to(place).eval()
+
+
+def require_shapes(empty: nn.Module, directory: Path) -> None:
+    """Refuse weights of other shapes than config.json says, from the heads of their files alone."""
+    expected = {name: tuple(part.shape) for name, part in empty.named_parameters()}
+    for name, stored in Checkpoint(directory).shapes.items():
+        if name in expected and expected[name] != stored:
+            raise PhoenixError(
+                f"{directory}: {name} is {stored} in the file and {expected[name]} by config.json; is it this model's "
+                "configuration?"
+            )
 
 
 def _is_block_weight(key: str, model: nn.Module) -> bool:
@@ -165,7 +188,11 @@ def load_tokenizer(directory: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except LIBRARY_ERRORS as error:
-        raise PhoenixError(f"{directory}: the tokenizer can't be loaded ({first_line(error)})") from error
+        there = any((directory / name).is_file() for name in TOKENIZERS)
+        why = first_line(error) if there else "none of its files is there"
+        raise PhoenixError(
+            f"{directory}: the tokenizer can't be loaded ({why}); put that of the model which this came from there"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise PhoenixError(f"{directory}: the tokenizer has no end-of-text token, which completions need")
     if tokenizer.pad_token_id is None:

@@ -9,14 +9,17 @@ import torch
 from phoenix_sparse import processes, steps
 from phoenix_sparse.determinism import be_deterministic
 from phoenix_sparse.errors import PhoenixError
-from phoenix_sparse.files import sha256
-from phoenix_sparse.models import empty_model, find_device, find_model, load_config
+from phoenix_sparse.files import read_text, sha256
+from phoenix_sparse.models import empty_model, find_device, find_model, load_config, load_tokenizer, require_shapes
 from phoenix_sparse.progress import Announce, Progress
 from phoenix_sparse.pruning.fitting import require_fit
 from phoenix_sparse.recipe import Recipe
 from phoenix_sparse.runs import Run, Share, open_run
 from phoenix_sparse.steps import Machine
+from phoenix_sparse.steps.machine import longest
 from phoenix_sparse.tasks import Task, TaskSettings, load_task, mix
+
+BYTES_A_TOKEN = 64  # more than tokens have, in any text of length
 
 
 def run(
@@ -122,7 +125,10 @@ def prepare_all(recipe: Recipe) -> tuple[Path, Task, list[Task]]:
     if also or recipe.task.mixture:
         task = mix(task, recipe.task.mixture, also, seed=recipe.seed, drop_overlap=recipe.task.drop_overlap)
     steps.require_validation(task)
-    require_fit(empty_model(load_config(model)), recipe.sparsify)
+    empty = empty_model(load_config(model))
+    require_fit(empty, recipe.sparsify)
+    require_shapes(empty, model)
+    _require_text(recipe, model, load_tokenizer(model))
     steps.require_targets(model, recipe.finetune)
     steps.require_trackers(recipe.finetune)
     _require_teacher(recipe, model)
@@ -155,7 +161,23 @@ def _require_teacher(recipe: Recipe, model: Path) -> None:
             raise PhoenixError(
                 f"finetune.distill.teacher: {directory} is no directory; give dense_lora, dense or a model's directory"
             )
+        find_model(str(directory))
         steps.require_alike(load_config(directory), load_config(model), distill, str(directory))
+        load_tokenizer(directory)
+
+
+def _require_text(recipe: Recipe, model: Path, tokenizer: Any) -> None:
+    """Refuse texts too short for one sequence. Long ones, and missing ones, which are told elsewhere, aren't read."""
+    calibration, perplexity = recipe.sparsify.calibration, recipe.evaluate.perplexity
+    wanted = [("sparsify.calibration", calibration.text, min(calibration.length, longest(model)))]
+    wanted += [("evaluate.perplexity", perplexity.text, perplexity.context_length)] if perplexity is not None else []
+    for field, text, length in wanted:
+        if text is not None and text.is_file() and text.stat().st_size < BYTES_A_TOKEN * length:
+            count = len(tokenizer(read_text(text, f"{field}.text")).input_ids)
+            if count < length:
+                raise PhoenixError(
+                    f"{field}.text: {text} has {count} tokens, less than one sequence of {length}; give more"
+                )
 
 
 def _require_dense_rate(recipe: Recipe) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from phoenix_sparse import steps
-from phoenix_sparse.commands import named_task, refuse_existing, require_writable, say, set_up, workplace
+from phoenix_sparse.commands import named_task, refuse_existing, require_task, require_writable, say, set_up, workplace
 from phoenix_sparse.comparing import FILE, compare, comparison_recipes
 from phoenix_sparse.console import OUT, showing
 from phoenix_sparse.errors import PhoenixError
@@ -36,6 +36,9 @@ class Given:
     seed: int = 0
     dtype: str = "auto"
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        require_task(self.task, self.data)
 
     def check(self, **more: Any) -> list[SparsifySettings]:
         """The settings of the pruning at each sparsity, or at the usual one."""

@@ -115,6 +115,9 @@ def _explain(kind: type[BaseModel], problem: Any) -> str:
     place, given, what = problem["loc"], problem["input"], problem["type"]
     field = ".".join(str(part) for part in place)
     if what == "extra_forbidden":
+        here = _section(kind, place[:-1]).model_fields
+        if isinstance(given, Mapping) and given and set(given) <= set(here):  # tune finetune.epochs=2
+            return f"{field} is no field; write {next(iter(given))}=... alone"
         return f"{field} is no field; {_instead(kind, place)}"
     if what == "missing":
         wanted = _section(kind, place[:-1]).model_fields.get(place[-1])
@@ -122,6 +125,7 @@ def _explain(kind: type[BaseModel], problem: Any) -> str:
     if what == "model_type":
         return f"{field}={_short(given)} should be a section with keys such as {next(_names(_section(kind, place)))}"
     message = problem["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
+    message = message.replace("Tuple should have", "Input should have").replace(" after validation", "")
     if what == "path_type":
         message = "Input should be a path"
     if isinstance(given, Mapping) and what == "value_error":

@@ -1,9 +1,10 @@
 """The base of every settings section: unknown keys are refused, values never change once checked."""
 
 import re
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
 
 def _names_a_directory(name: str) -> str:
@@ -21,3 +22,14 @@ class Settings(BaseModel):
     """A section of a recipe. It lives beside the code that it configures."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_number_is_no_truth(cls, values: Any) -> Any:
+        """YAML reads yes, no, on and off as true and false, which pydantic would take for 1 and 0."""
+        for name, value in values.items() if isinstance(values, Mapping) else ():
+            field = cls.model_fields.get(name) if isinstance(value, bool) else None
+            kinds = (field.annotation, *get_args(field.annotation)) if field is not None else ()
+            if bool not in kinds and (int in kinds or float in kinds):
+                raise ValueError(f"{name}: {str(value).lower()} is no number; give one")
+        return values

@@ -148,11 +148,14 @@ def test_an_unfinished_run_is_named_and_left_out(tmp_path, files):
     runs = write_runs(tmp_path / "runs", files)
     (runs[0] / "eval.json").unlink()
     manifest = (runs[0] / "manifest.json").read_text()
-    (runs[0] / "manifest.json").write_text(
-        manifest.replace('"report": {"status": "done"', '"report": {"status": "failed"')
-    )
-    page = build_overview(tmp_path / "runs", tmp_path / "out").read_text()
-    assert f"1 of {len(runs)} runs didn’t finish and is left out: {runs[0].name}" in page
+    for status, words in (("failed", " (failed)."), ("interrupted", " (interrupted)."), ("running", ".")):
+        (runs[0] / "manifest.json").write_text(
+            manifest.replace('"report": {"status": "done"', f'"report": {{"begun": "3000", "status": "{status}"')
+        )
+        page = build_overview(tmp_path / "runs", tmp_path / "out").read_text()
+        assert f"1 of {len(runs)} runs didn’t finish and is left out: {runs[0].name}{words}" in page
+        rows = {row["directory"]: row for row in csv.DictReader((tmp_path / "out" / SUMMARY).open())}
+        assert rows[runs[0].name]["status"] == {"running": "unfinished"}.get(status, status)
 
 
 def test_of_many_unfinished_runs_a_few_are_named(tmp_path, files):

@@ -103,7 +103,7 @@ def test_scales_must_be_positive():
 
 
 def test_other_tensors_are_refused():
-    with pytest.raises(PhoenixError, match="float matrix"):
+    with pytest.raises(PhoenixError, match="give a matrix of float32"):
         pack(torch.ones(2, 3, dtype=torch.int32))
     with pytest.raises(PhoenixError, match="3-dimensional"):
         pack(torch.ones(2, 3, 4))

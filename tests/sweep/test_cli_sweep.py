@@ -1,8 +1,11 @@
 """phx sweep, as a user calls it: exit codes and what is said."""
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from typer.testing import CliRunner
 from phoenix_sparse import cli
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.sweep import launching
+from phoenix_sparse.sweep.places import Places, note
 
 
 def phx(*arguments: object):
@@ -141,6 +145,35 @@ def test_a_run_whose_results_alone_are_kept_loses_its_models_and_stays_done(file
     Path("sweeps/mine/mended").touch()
     assert phx("sweep", "resume", file, *quick, "keep=results").exit_code == 0
     assert not Path("sweeps/mine/shared").exists()  # nobody is left to want it
+
+
+def test_a_run_that_noted_its_interruption_has_not_failed(file):
+    """Its worker was killed, and could note nothing: as when a batch job ends."""
+    phx("sweep", "run", file)  # stand-ins
+    name, places = "tiny-good-magnitude-50-s2s-s0", Places(Path("sweeps/mine"))
+    shutil.rmtree(places.run(name))
+    command = [sys.executable, "-m", "phoenix_sparse.cli", "sweep", "one", "sweeps/mine", name]
+    with (places.cell(name) / "log.txt").open("ab") as log:
+        run = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    note(places.cell(name), "begun", attempt=2, pid=run.pid)
+    while not _catches(run.pid, signal.SIGTERM):  # from its first moments on, long before there is a manifest
+        time.sleep(0.02)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(60) == 130
+    told = phx("sweep", "status", file)
+    assert told.exit_code == 0
+    assert f"interrupted: {name} (starting, attempt 2)\n" in told.output
+    assert "2 runs: 1 interrupted, 1 failed\n`phx sweep resume sweeps/mine` goes on with what was" in told.output
+    done = phx("sweep", "resume", file)
+    assert done.exit_code == 3, done.output
+    assert "2 runs: 1 done, 1 failed" in done.output
+
+
+def _catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    (caught,) = (line.split()[1] for line in lines if line.startswith("SigCgt"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
 
 
 def test_an_interrupt_that_python_drops_comes_again():

@@ -1,6 +1,7 @@
 """A sweep's directory: laid out, gone on with, its states and its table, from files alone."""
 
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def test_what_failed_has_its_reason_in_the_table_and_no_figure_and_resume_finish
     (out / "trouble").touch()
     told = []
     found = run_sweep(sweep(), out, resume=False, tell=lambda one, count, total: told.append((one.name, count, total)))
-    assert counts(found) == {"done": 2, "running": 0, "stopped": 0, "failed": 2, "waiting": 0}
+    assert counts(found) == {"done": 2, "running": 0, "interrupted": 0, "failed": 2, "waiting": 0}
     assert sorted(count for _, count, _ in told) == [1, 2, 3, 4]
     for table in (pandas.read_csv(out / "registry.csv"), pandas.read_parquet(out / "registry.parquet")):
         failed, done = table[table["state"] == "failed"], table[table["state"] == "done"]
@@ -120,11 +121,17 @@ def test_states_are_read_from_the_files_alone(tmp_path):
     one = standing(places, name)
     assert (one.state, one.stage) == ("running", "finetune")
     note(cell, "ended", attempt=1, exit=130, seconds=3.0, stopped=True)
-    assert (standing(places, name).state, standing(places, name).seconds) == ("stopped", 3.0)
+    assert (standing(places, name).state, standing(places, name).seconds) == ("interrupted", 3.0)
     note(cell, "begun", attempt=2, pid=2**22 + 1)  # beyond the largest process number
     one = standing(places, name)
     assert (one.state, one.reason, one.seconds) == ("failed", "its process is gone without a word", None)
-    note(cell, "ended", attempt=2, exit=-9, seconds=4.0, stopped=False)
+    note(cell, "interrupted", pid=2**22 + 1)  # it ended in order, and its worker was gone
+    one = standing(places, name)
+    assert (one.state, one.reason, one.attempts) == ("interrupted", None, 2)
+    note(cell, "begun", attempt=3, pid=2**22 + 2)
+    note(cell, "interrupted", pid=2**22 + 1)  # the earlier one, late
+    assert standing(places, name).state == "failed"
+    note(cell, "ended", attempt=3, exit=-9, seconds=4.0, stopped=False)
     assert standing(places, name).reason == "killed by signal 9"
     stages = {"sparsify": {"status": "running"}, "report": {"status": "done"}}  # done again from the start
     write_json(manifest, facts | {"stages": stages})
@@ -138,10 +145,20 @@ def test_states_are_read_from_the_files_alone(tmp_path):
         assert one.reason is not None
         assert one.reason.startswith(str(manifest))
         assert f"delete {places.run(name)}, then `phx sweep resume` begins this run anew" in one.reason
-    note(cell, "begun", attempt=3, pid=os.getpid())
-    note(cell, "ended", attempt=3, exit=0, seconds=4.0, stopped=False)
+    note(cell, "begun", attempt=4, pid=os.getpid())
+    note(cell, "ended", attempt=4, exit=0, seconds=4.0, stopped=False)
     manifest.unlink()
     assert "is gone" in str(standing(places, name).reason)
+
+
+def test_of_a_run_on_another_machine_its_record_is_known(tmp_path, monkeypatch):
+    places, name = Places(tmp_path), "x"
+    with monkeypatch.context() as there:
+        there.setattr(platform, "node", lambda: "elsewhere")
+        note(places.cell(name), "begun", attempt=1, pid=1)
+    assert standing(places, name).state == "running"
+    note(places.cell(name), "interrupted", pid=1)
+    assert standing(places, name).state == "interrupted"
 
 
 @pytest.mark.parametrize("file", ["eval.json", "recipe.yaml", "bench.json"])

@@ -17,7 +17,7 @@ from phoenix_sparse.files import atomic_path, read_json
 from phoenix_sparse.finetuning.elastic import Ranks, Space, Spaces, largest
 from phoenix_sparse.finetuning.elastic_linear import ADAPTER, ElasticLinear, write_out
 from phoenix_sparse.finetuning.settings import Method, ScaleRule
-from phoenix_sparse.masks import Masks, apply_masks, check_fit, masks_sha256
+from phoenix_sparse.masks import Masks, apply_masks, check_fit, masks_sha256, require_pruned
 from phoenix_sparse.models import LIBRARY_ERRORS, prunable_linears
 
 RECORD = "phoenix.json"
@@ -218,8 +218,20 @@ def save_adapter(
         (temporary / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 
+def require_record(directory: Path) -> None:
+    """Refuse a directory that fine-tuning hasn't written."""
+    directory = Path(directory)
+    if not (directory / RECORD).is_file():
+        inside = [
+            name for name in ("adapter/chosen", "adapter/super", "chosen", "super") if (directory / name).is_dir()
+        ]
+        instead = " or ".join(str(directory / name) for name in inside) or "one that phx tune or phx search wrote"
+        raise PhoenixError(f"adapter: {directory} is no adapter: No such file as {RECORD} is there; give {instead}")
+
+
 def _read_record(directory: Path) -> dict[str, Any]:
     """What `save_adapter` noted; a record that doesn't say whether there is a mask must not pass for one without."""
+    require_record(directory)
     path = Path(directory) / RECORD
     record = read_json(path)
     if not isinstance(record, dict) or type(record.get("masked")) is not bool:
@@ -263,8 +275,8 @@ def load_adapter(model: Any, directory: Path, masks: Masks | None) -> PeftModel:
     Where the mask evolved, what it dropped of the model's weights becomes zero.
 
     Raises:
-        PhoenixError: files are missing or damaged, the adapter was trained through other masks, or it has
-            tensors that fit nothing.
+        PhoenixError: files are missing or damaged, the adapter was trained through other masks, the model isn't zero
+            off them, or it has tensors that fit nothing.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -278,8 +290,10 @@ def load_adapter(model: Any, directory: Path, masks: Masks | None) -> PeftModel:
             raise PhoenixError(
                 f"adapter: {directory} was trained through other masks than these; give the ones of its run"
             )
-    if masks is not None and record.get("evolved"):
-        apply_masks(masks, prunable_linears(model))
+        if record.get("evolved"):
+            apply_masks(masks, prunable_linears(model))
+        else:
+            require_pruned(masks, prunable_linears(model), getattr(model, "name_or_path", "") or "the model")
     kind, _ = PEFT_NAMES[record["method"]]
     try:
         if config["peft_type"] != kind:

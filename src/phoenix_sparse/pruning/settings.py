@@ -132,7 +132,7 @@ class SparsifySettings(Settings):
         )
         if isinstance(value, str) and value in get_args(Method):
             return value
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             given = dict(value)
         elif isinstance(value, list | tuple):
             given = {f"block {index}": one for index, one in enumerate(value)}
@@ -147,7 +147,9 @@ class SparsifySettings(Settings):
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:
+        # What mends it is told by the word to leave out: a value to set instead could not be set for a comparison.
         kind = self.parsed_pattern.kind
+        allocation = self.allocation if isinstance(self.allocation, str) else "allocation"
         if kind == "n:m" and abs(self.sparsity - self.parsed_pattern.sparsity) > 0.005:
             raise ValueError(
                 f"pattern: {self.pattern} is sparsity {self.parsed_pattern.sparsity:.4g}; set sparsity to that"
@@ -155,13 +157,19 @@ class SparsifySettings(Settings):
         if kind != "unstructured" and self.group is not None:
             raise ValueError(f"group: the pattern {self.pattern} has its own; leave group out")
         if kind in ("n:m", "structured") and self.allocation != "uniform":
-            raise ValueError(f"allocation: the pattern {self.pattern} gives each layer its share; use uniform")
+            raise ValueError(
+                f"allocation: the pattern {self.pattern} gives each layer its share; leave {allocation} out"
+            )
         if self.update != "none" and kind not in ADJUSTED:
-            raise ValueError(f"update: {self.update} works with unstructured and N:M patterns; use update=none")
-        if self.group == "global" and (self.update != "none" or self.allocation != "uniform"):
-            raise ValueError("group: global shares out by one threshold; use update=none, allocation=uniform")
+            raise ValueError(f"update: {self.update} works with unstructured and N:M patterns; leave {self.update} out")
+        if self.group == "global":
+            others = [name for name in (self.update, allocation) if name not in ("none", "uniform")]
+            if others:
+                raise ValueError(
+                    f"group: global shares out by one threshold; leave group out, or {' and '.join(others)}"
+                )
         if self.group is not None and self.update in CHOOSING:
-            raise ValueError(f"group: {self.update} compares in its own way; leave group out, or use update=none")
+            raise ValueError(f"group: {self.update} compares in its own way; leave group out, or {self.update}")
         return self
 
     @property

@@ -256,7 +256,10 @@ def _kept_units(units: Units, masks: Masks) -> Tensor:
             parts = (masks[name].t() if turned else masks[name]).reshape(units.count, -1)
             whole = parts.all(1)
             if bool((parts.any(1) & ~whole).any()) or (kept is not None and not torch.equal(whole.cpu(), kept)):
-                raise PhoenixError(f"structured: the mask of {name} doesn't keep or drop whole channels or groups")
+                raise PhoenixError(
+                    f"structured: the mask of {name} doesn't keep or drop whole channels or groups; give masks of "
+                    "pattern=structured"
+                )
             kept = whole.cpu()
     assert kept is not None
     return kept

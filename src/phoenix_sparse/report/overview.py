@@ -104,7 +104,13 @@ def _row_or_damage(directory: Path, runs: Path) -> Row:
         return run_row(directory) | {"damaged": None}
     except PhoenixError as error:
         what = str(error).replace(f"{runs}/", "")
-        return {"run": directory.name, "directory": directory.name, "finished": False, "damaged": what}
+        return {
+            "run": directory.name,
+            "directory": directory.name,
+            "finished": False,
+            "status": "damaged",
+            "damaged": what,
+        }
 
 
 def summary(rows: Sequence[Row]) -> str:

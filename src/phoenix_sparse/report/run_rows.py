@@ -8,6 +8,7 @@ from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import read_json
 from phoenix_sparse.report.facts import Facts, read_facts
 from phoenix_sparse.report.html import is_local
+from phoenix_sparse.report.records import Stage
 from phoenix_sparse.report.text import flatten
 
 Row = dict[str, Any]
@@ -50,13 +51,12 @@ def run_row(directory: Path) -> Row:
     """
     facts = read_facts(directory)
     recipe = facts.recipe or {}
-    finished = "report" in facts.manifest.stages and all(
-        stage.status == "done" for stage in facts.manifest.stages.values()
-    )
+    status = _status(facts.manifest.stages)
     row: Row = {
         "run": facts.manifest.name,
         "directory": directory.name,
-        "finished": finished,
+        "finished": status == "done",
+        "status": status,
         **_axes(directory, recipe),
         **_accuracies(facts),
         **_certificate(facts),
@@ -65,6 +65,14 @@ def run_row(directory: Path) -> Row:
         **_provenance(facts, directory),
     }
     return row
+
+
+def _status(stages: Mapping[str, Stage]) -> str:
+    """How a run ended: done, interrupted or failed; unfinished where nobody noted it, or it is at work."""
+    if "report" in stages and all(stage.status == "done" for stage in stages.values()):
+        return "done"
+    last = max(stages.values(), key=lambda stage: stage.begun, default=None)
+    return last.status if last is not None and last.status in ("interrupted", "failed") else "unfinished"
 
 
 def settings_columns(directory: Path) -> Row:

@@ -59,7 +59,10 @@ class Packed:
 def pack(weight: Tensor) -> Packed:
     """Pack a matrix (out, in) of bfloat16, float16 or float32; every bit of it is kept, negative zeros' signs too."""
     if weight.dim() != 2 or weight.dtype not in BITS:
-        raise PhoenixError(f"pack: a {weight.dim()}-dimensional {weight.dtype} can't be packed; give a float matrix")
+        raise PhoenixError(
+            f"pack: a {weight.dim()}-dimensional {weight.dtype} can't be packed; give a matrix of float32, bfloat16 or "
+            "float16"
+        )
     weight = weight.detach().cpu().contiguous()
     kept = weight.view(BITS[weight.dtype]) != 0
     offsets = torch.zeros(weight.shape[0] + 1, dtype=torch.int64)

@@ -172,7 +172,9 @@ def read_config(directory: Path) -> dict[str, Any]:
 def check_entry(entry: dict[str, Any], where: str) -> None:
     """Refuse a quantization_config of another version, or one that doesn't describe packed layers."""
     if entry.get("version") != VERSION:
-        raise PhoenixError(f"{where}: packed by version {entry.get('version')} of the format; this reads {VERSION}")
+        raise PhoenixError(
+            f"{where}: packed by version {entry.get('version')} of the format; this reads {VERSION}: pack it again"
+        )
     layers = entry.get("layers")
     if not isinstance(layers, dict) or not all(_is_layer(facts) for facts in layers.values()):
         raise PhoenixError(f"{where}: the quantization_config of config.json is damaged; pack the model again")

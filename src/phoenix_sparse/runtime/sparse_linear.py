@@ -129,26 +129,24 @@ class SparseLinear(nn.Module):
         return sparse_linear(x, self.bitmask, self.compressed, self.row_offsets, self.scales, self.bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SparseLinear":
-        """Move or convert as modules do, but for W's values: they stay as they were packed, whatever is computed in.
+        """Move or convert as modules do, but for W's arrays: they stay as they were packed, whatever is computed in.
 
-        Raises:
-            PhoenixError: there is no product in the dtype that the layer is converted to.
+        No dtype is refused here: a model's modules are converted one after the other, and those before this one have
+        been by now. What there is no product in is refused by the product.
         """
         probe = torch.empty(1, dtype=self.weight.dtype)
-        changed = fn(probe)
-        if changed.dtype not in (*FLOATS, torch.float16):
-            raise PhoenixError(
-                "sparse_linear: a packed layer computes in float32, bfloat16 or float16, not "
-                f"{str(changed.dtype)[6:]}; load the model again, in one of these"
-            )
         # Slices are for a CPU, and not for every dtype: what moves or converts gets the packed arrays.
-        sliced = changed is not probe and self.unplace()
-        values = {name: getattr(self, name) for name in ("compressed", "scales")}
-        super()._apply(fn, recurse)
-        for name, part in values.items():
-            if part is not None and getattr(self, name).dtype != part.dtype:
-                setattr(self, name, part.to(getattr(self, name).device))
-        if sliced:
+        sliced = fn(probe) is not probe and self.unplace()
+        held = {id(getattr(self, name)) for name in (*PACKED, *SLICED, "shape", "scales")}
+        before = [getattr(self, name) for name in PACKED]
+
+        def change(part: Tensor) -> Tensor:
+            changed: Tensor = fn(part)
+            return part.to(changed.device) if id(part) in held and changed.dtype != part.dtype else changed
+
+        super()._apply(change, recurse)
+        # `to_empty` leaves anything in the arrays, which slicing would rely on.
+        if sliced and all(_same(getattr(self, name), part) for name, part in zip(PACKED, before, strict=True)):
             self.place()
         return self
 
@@ -202,3 +200,8 @@ class SparseLinear(nn.Module):
         held = f"density={self.compressed.numel() / (self.out_features * self.in_features):.3f}"
         held = held if self.steps is None else "sliced"
         return f"in_features={self.in_features}, out_features={self.out_features}, {held}, {values}"
+
+
+def _same(part: Tensor, other: Tensor) -> bool:
+    """Whether an array on the CPU still holds what it held there."""
+    return part.device == other.device and torch.equal(part, other)

@@ -8,6 +8,7 @@ from phoenix_sparse.steps.sparsifying import calibrate, calibration_facts, open_
 from phoenix_sparse.steps.tuning import (
     EVOLVED,
     OF_A_RUN,
+    require_adapter,
     require_alike,
     require_targets,
     require_trackers,
@@ -32,6 +33,7 @@ __all__ = [
     "merge_dense",
     "open_blocks",
     "read_masks",
+    "require_adapter",
     "require_alike",
     "require_room",
     "require_targets",

@@ -96,6 +96,8 @@ def flops(
     from phoenix_sparse.evaluation.matrices import prunable_matrices
 
     config = load_config(source)
+    if masks is not None:
+        _require_shapes(masks, empty_model(config))
     densities = {name: int(mask.sum()) / mask.numel() for name, mask in masks.items()} if masks is not None else None
     if sparsity is not None:
         densities = dict.fromkeys(prunable_matrices(empty_model(config)), 1 - sparsity)
@@ -104,3 +106,14 @@ def flops(
     )
     write_json(out / "flops.json", counts | {"projected": project_all(counts)})
     return ["flops.json"]
+
+
+def _require_shapes(masks: Masks, model: Any) -> None:
+    """Refuse masks of another model, whose linears have the same names. Names alone are `count_flops`'s matter."""
+    weights = dict(model.named_parameters())
+    for name, mask in masks.items():
+        weight = weights.get(f"{name}.weight")
+        if weight is not None and weight.shape != mask.shape:
+            raise PhoenixError(
+                f"masks: that of {name} is {tuple(mask.shape)} and the weight {tuple(weight.shape)}; give this model's"
+            )

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import write_json
 from phoenix_sparse.masks import Masks
 from phoenix_sparse.models import prunable_linears, save_model
@@ -30,6 +31,8 @@ def merge(
     Trained weights take the place of the base's; there is no update to add to them.
 
     Raises:
+        PhoenixError: there is no such adapter, it belongs to another model or other masks, or what it was trained
+            through is to be masked again.
         CheckFailed: a sparse merge left a non-zero off the mask.
     """
     from phoenix_sparse import merging
@@ -37,9 +40,11 @@ def merge(
     from phoenix_sparse.finetuning.adapter import is_masked, load_adapter
     from phoenix_sparse.masks import require_preserved
 
-    base, tokenizer = machine.open(source)
     whole = full.is_full(adapter)
     masked = whole or is_masked(adapter)
+    if masked and remask:
+        raise PhoenixError(f"merge: {adapter} was trained through masks and fills no zero; leave --remask out")
+    base, tokenizer = machine.open(source)
     rows = [tokenizer(text).input_ids[: longest(source)] for text in texts]
     if whole:
         adapted = full.load_weights(base, adapter, masks)

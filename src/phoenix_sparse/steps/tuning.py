@@ -12,8 +12,8 @@ from phoenix_sparse.evaluation.settings import EvaluateSettings
 from phoenix_sparse.files import write_json
 from phoenix_sparse.finetuning.sections import DistillSettings
 from phoenix_sparse.finetuning.settings import FinetuneSettings, SearchSettings
-from phoenix_sparse.masks import Masks, save_mask
-from phoenix_sparse.models import empty_model, load_config
+from phoenix_sparse.masks import Masks, require_pruned, save_mask
+from phoenix_sparse.models import empty_model, find_model, load_config, prunable_linears
 from phoenix_sparse.steps.machine import Machine, longest
 from phoenix_sparse.tasks import Task
 
@@ -53,6 +53,8 @@ def tune(
     require_trackers(settings)
     processes.start(machine.device)
     model, tokenizer = machine.open(source)
+    if masks is not None:
+        require_pruned(masks, prunable_linears(model), str(source))
     learnt_from = _teacher(model, tokenizer, settings, teacher, machine)
     if settings.method == "full":
         if masks is None:
@@ -105,7 +107,7 @@ def _teacher(model: Any, tokenizer: Any, settings: FinetuneSettings, given: Path
         raise PhoenixError(
             f"finetune.distill.teacher: {settings.distill.teacher} is known in a run alone; give a model's directory"
         )
-    directory = given or Path(settings.distill.teacher)
+    directory = given or find_model(settings.distill.teacher)
     teacher, words = machine.open(directory)
     require_alike(teacher.config, model.config, settings.distill, str(directory))
     if words.get_vocab() != tokenizer.get_vocab():
@@ -154,6 +156,13 @@ def require_alike(teacher: Any, student: Any, settings: DistillSettings, where: 
     from phoenix_sparse.finetuning import distill
 
     distill.require_alike(teacher, student, settings, where)
+
+
+def require_adapter(directory: Path) -> None:
+    """Refuse a directory that holds neither an adapter nor trained weights."""
+    from phoenix_sparse.finetuning.adapter import require_record
+
+    require_record(directory)
 
 
 def require_trackers(settings: FinetuneSettings) -> None:

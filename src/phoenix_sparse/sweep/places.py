@@ -51,7 +51,11 @@ def note(cell: Path, event: str, **facts: Any) -> None:
 
 
 def attempts(cell: Path) -> list[dict[str, Any]]:
-    """A cell's attempts in their order, each with what is known of its end (`exit`, `seconds`, `stopped`)."""
+    """A cell's attempts in their order, each with what is known of its end.
+
+    That is what its worker noted (`exit`, `seconds`, `stopped`), and `interrupted` where the run itself noted that it
+    was: the end of a batch job, or a kill, leaves no worker to note anything.
+    """
     path = cell / "attempts.jsonl"
     found: list[dict[str, Any]] = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
@@ -63,6 +67,8 @@ def attempts(cell: Path) -> list[dict[str, Any]]:
             found.append({key: line[key] for key in line if key not in ("event", "at")} | {"begun": line["at"]})
         elif line.get("event") == "ended" and found:
             found[-1] |= {key: line.get(key) for key in ("exit", "seconds", "stopped")}
+        elif line.get("event") == "interrupted" and found and found[-1].get("pid") == line.get("pid"):
+            found[-1]["interrupted"] = True
     return found
 
 
@@ -71,7 +77,7 @@ def is_alive(attempt: Mapping[str, Any]) -> bool:
     if "exit" in attempt:
         return False
     if attempt["host"] != platform.node():
-        return True
+        return not attempt.get("interrupted")
     try:
         os.kill(attempt["pid"], 0)
     except ProcessLookupError:

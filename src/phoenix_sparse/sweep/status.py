@@ -12,8 +12,8 @@ from phoenix_sparse.report.run_rows import run_row
 from phoenix_sparse.runs import MANIFEST, RECIPE
 from phoenix_sparse.sweep.places import Places, attempts, is_alive, reason
 
-State = Literal["done", "running", "stopped", "failed", "waiting"]
-STATES: tuple[State, ...] = ("done", "running", "stopped", "failed", "waiting")
+State = Literal["done", "running", "interrupted", "failed", "waiting"]
+STATES: tuple[State, ...] = ("done", "running", "interrupted", "failed", "waiting")
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ def standing(places: Places, name: str) -> Standing:
     if is_finished(stages):
         return Standing(name, "done", stage, len(tried), seconds, None)
     if last is None:
-        return Standing(name, "stopped" if stages else "waiting", stage, 0, None, None)
-    if last.get("stopped") or last.get("exit") == 130:
-        return Standing(name, "stopped", stage, len(tried), seconds, None)
+        return Standing(name, "interrupted" if stages else "waiting", stage, 0, None, None)
+    if last.get("stopped") or last.get("interrupted") or last.get("exit") == 130:
+        return Standing(name, "interrupted", stage, len(tried), seconds, None)
     if last.get("exit") == 0 and not stages:  # its process said that all went well
         gone = f"{places.run(name)} is gone; `phx sweep resume` begins this run anew"
         return Standing(name, "failed", stage, len(tried), seconds, gone)

@@ -225,12 +225,34 @@ def test_a_model_in_float32_is_left_as_it_is_unless_kernels_were_asked_for(monke
         linear.prepare(model, torch.device("cpu"))
 
 
-def test_a_layer_in_the_layout_is_neither_saved_nor_cast():
+def test_a_layer_in_the_layout_is_not_saved():
     layer = linear.CudaLinear(layout_of(sparse(16, 64, 0.5), PLANS[0]), None, None)
     with pytest.raises(PhoenixError, match="can't be saved"):
         layer.state_dict()
-    with pytest.raises(PhoenixError, match="keeps its dtype"):
-        layer.float()
+
+
+@needs_compiler
+@pytest.mark.parametrize("density", [0.5, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_a_converted_layer_keeps_its_layout_and_unpacks_it(on_the_cpu, density, dtype):
+    """A model is converted one module after the other: one that refused would leave it half converted."""
+    weight = sparse(40, 300, density)
+    layer = linear.CudaLinear.of(SparseLinear.of(pack(weight), torch.bfloat16, nn.Parameter(torch.ones(40))))
+    layer.dense_copy, held = weight, [part.dtype for part in layer.parts]  # a copy serves its own dtype alone
+    layer.to(dtype)
+    assert layer.weight.dtype == layer.dense().dtype == dtype
+    assert [part.dtype for part in layer.parts] == held
+    for rows in (1, 100):
+        x = torch.randn(rows, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
+        exact, found = x.double() @ weight.double().t() + 1, layer(x)
+        assert found.dtype == dtype
+        step = 1e-12 if dtype == torch.float64 else 2 * torch.finfo(dtype).eps
+        assert (found.double() - exact).norm() <= step * exact.norm()
+    x = torch.randn(3, 300).bfloat16()
+    assert torch.equal(
+        layer.bfloat16()(x),
+        linear.CudaLinear.of(SparseLinear.of(pack(weight), torch.bfloat16, nn.Parameter(torch.ones(40))))(x),
+    )
 
 
 @pytest.mark.parametrize(("kibibytes", "warps"), [(227, 8), (163, 6), (99, 4), (64, None)])

@@ -198,7 +198,7 @@ def test_what_does_not_fit_is_refused(path):
     x = torch.randn(2, 30)
     wrong = [
         (torch.randn(2, 41), *m.parts, None),
-        (x.double(), *m.parts, None),
+        (x.to(torch.complex64), *m.parts, None),
         (x, m.bitmask.int(), *m.parts[1:], None),
         (x, m.bitmask, m.values.double(), m.row_offsets, None, None),
         (x, m.bitmask, m.values, m.row_offsets[:-1], None, None),

@@ -40,8 +40,8 @@ def cuda_linear(
 ) -> Tensor:
     """x (…, in) · Wᵀ · scales + bias, W given by its layout's tensors and numbers (`forms.numbers_of`).
 
-    Up to `CROSSOVER` rows of x the kernels multiply. Beyond, W is expanded into memory that the next layer uses again,
-    and torch's dense product does the work.
+    Up to `CROSSOVER` rows of x the kernels multiply. Beyond, and where x has another dtype than the layout, W is
+    expanded into memory that the next layer uses again, and torch's dense product does the work.
 
     Returns:
         (…, out) in x's dtype.
@@ -51,6 +51,10 @@ def cuda_linear(
     flat = x.reshape(-1, columns)
     if len(flat) == 0:
         y = flat.new_empty(0, out)
+    elif x.dtype != form.dtype:
+        wide = portable.wide_dtype(x.dtype)
+        product = torch.nn.functional.linear(flat.to(wide), expand(form).to(wide))
+        y = portable.finish(product, scales, bias, x.dtype)
     elif len(flat) <= CROSSOVER[type(form)]:
         products = [multiply(some, form, scales, bias) for some in flat.split(MOST)]
         y = products[0] if len(products) == 1 else torch.cat(products)
@@ -94,7 +98,7 @@ class CudaLinear(nn.Module):
         self.register_buffer("dense_copy", None, persistent=False)  # these three are `many_rows.keep`'s
         self.register_buffer("semi_structured", None, persistent=False)
         self.register_buffer("offset_copy", None, persistent=False)  # in W's dtype
-        self.crossovers = CROSSOVER[type(form)], BESIDE_DENSE[type(form)]
+        self.crossovers, self.dtype = (CROSSOVER[type(form)], BESIDE_DENSE[type(form)]), form.dtype
 
     @classmethod
     def of(cls, layer: SparseLinear) -> "CudaLinear":
@@ -135,20 +139,21 @@ class CudaLinear(nn.Module):
         """(…, in) -> (…, out), in x's dtype, summed in float32."""
         dense, semi = self.dense_copy, self.semi_structured
         shape = (self.out_features, self.in_features)
-        if many_rows.serve(x.numel() // self.in_features, *self.crossovers, shape, dense, semi):
+        rows = x.numel() // self.in_features
+        if x.dtype == self.dtype and many_rows.serve(rows, *self.crossovers, shape, dense, semi):
             return many_rows.multiply(x, self.out_features, self.offset_copy, dense, semi)
         return cuda_linear(x, self.parts, self.numbers, self.scales, self.offset)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "CudaLinear":
-        if fn(torch.empty(1, dtype=self.weight.dtype, device=self.weight.device)).dtype != self.weight.dtype:
-            raise PhoenixError("sparse kernels: a layer in the GPU's layout keeps its dtype; load the model in another")
+        """Move or convert as modules do, but for W: it keeps its layout, and x in another dtype gets it expanded."""
+        weight = self.weight
 
-        def move(part: Tensor) -> Tensor:
-            moved: Tensor = fn(part)
-            # Who casts a model to its own dtype doesn't mean scales, which the kernels read in float32.
-            return moved if moved.dtype == part.dtype else part.to(moved.device)
+        def change(part: Tensor) -> Tensor:
+            changed: Tensor = fn(part)
+            # Nor does who casts a model mean scales, which the kernels read in float32.
+            return changed if part is weight or changed.dtype == part.dtype else part.to(changed.device)
 
-        super()._apply(move, recurse)
+        super()._apply(change, recurse)
         self._settle()
         return self
 

@@ -28,11 +28,11 @@ def sparse_linear(
 ) -> Tensor:
     """Multiply with a packed matrix, which `checking.check` has passed.
 
-    Sums are taken in float32, and don't depend on the number of threads. Where gradients are wanted they reach x and
-    the bias, never the weight.
+    Sums are taken in float32, and don't depend on the number of threads; for x in float64, in float64 by torch. Where
+    gradients are wanted they reach x and the bias, never the weight.
 
     Args:
-        x: (…, in) float32, bfloat16 or float16.
+        x: (…, in) float32, bfloat16, float16 or float64.
         bitmask: uint8 (out, ⌈in/8⌉); bit j of byte b says whether column 8b + j is kept.
         values: (nnz,) row by row, columns ascending: float32, bfloat16, float16 or int8.
         row_offsets: int64 (out + 1), where each row's values begin, and at last nnz.
@@ -88,8 +88,8 @@ def multiply(
 
 def wrong_operands(x: Tensor, device: torch.device, rows: int, bias: Tensor | None) -> str | None:
     """What is wrong with x and the bias for a weight of that many rows on that device, or None."""
-    if x.dtype not in (*FLOATS, torch.float16):
-        return f"x is {x.dtype}; give it float32, bfloat16 or float16"
+    if x.dtype not in (*FLOATS, torch.float16, torch.float64):
+        return f"x is {x.dtype}; give it float32, bfloat16, float16 or float64"
     if x.device != device:
         return f"x is on {x.device}, the weight on {device}"
     if bias is not None and (bias.shape != (rows,) or bias.device != x.device):
@@ -176,14 +176,15 @@ def gradient_of_x(
     gradient: Tensor, bitmask: Tensor, values: Tensor, row_offsets: Tensor, scales: Tensor | None, columns: int
 ) -> Tensor:
     """Of the gradient of y (…, out), that of x (…, in)."""
-    weight = portable.unpack(bitmask, values, row_offsets, columns).float()
-    weight = weight if scales is None else weight * scales.float()[:, None]
-    return (gradient.float() @ weight).to(gradient.dtype)
+    wide = portable.wide_dtype(gradient.dtype)
+    weight = portable.unpack(bitmask, values, row_offsets, columns).to(wide)
+    weight = weight if scales is None else weight * scales.to(wide)[:, None]
+    return (gradient.to(wide) @ weight).to(gradient.dtype)
 
 
 def gradient_of_bias(gradient: Tensor, dtype: torch.dtype) -> Tensor:
     """Of the gradient of y (…, out), that of a bias of that dtype."""
-    return gradient.float().flatten(0, -2).sum(0).to(dtype)
+    return gradient.to(portable.wide_dtype(gradient.dtype)).flatten(0, -2).sum(0).to(dtype)
 
 
 _operator.register_autograd(_backward, setup_context=_keep)

@@ -23,9 +23,14 @@ def unpack(bitmask: Tensor, values: Tensor, row_offsets: Tensor, columns: int) -
 
 
 def product_dtype(x: torch.dtype, values: torch.dtype) -> torch.dtype:
-    """What activations and weights are multiplied in: bfloat16 where it holds both exactly, else float32."""
+    """What activations and weights are multiplied in: bfloat16 where it holds both exactly, else float32 or float64."""
     exact = x == torch.bfloat16 and values in (torch.bfloat16, torch.int8)
-    return torch.bfloat16 if exact else torch.float32
+    return torch.bfloat16 if exact else wide_dtype(x)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums are taken in: float32, and float64 where that is computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def linear(
@@ -43,11 +48,12 @@ def linear(
 
 
 def finish(y: Tensor, scales: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """y · scales + bias, in float32, rounded to `dtype`."""
+    """y · scales + bias, in float32 (float64 for a y in it), rounded to `dtype`."""
+    wide = wide_dtype(y.dtype)
     if scales is not None:
-        y = y.float() * scales.float()
+        y = y.to(wide) * scales.to(wide)
     if bias is not None:
-        y = y.float() + bias.float()
+        y = y.to(wide) + bias.to(wide)
     return y.to(dtype)
 
 

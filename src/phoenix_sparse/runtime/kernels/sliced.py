@@ -27,11 +27,11 @@ from phoenix_sparse.runtime.kernels.slicing import count_steps, fill, unslice
 def sliced_linear(x: Tensor, slices: Slices, scales: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """Multiply with a sliced matrix.
 
-    Sums are taken in float32, and don't depend on the number of threads. Where gradients are wanted they reach x and
-    the bias, never the weight.
+    Sums are taken in float32, and don't depend on the number of threads; for x in float64, in float64 by torch. Where
+    gradients are wanted they reach x and the bias, never the weight.
 
     Args:
-        x: (…, in) float32, bfloat16 or float16.
+        x: (…, in) float32, bfloat16, float16 or float64.
         slices: W (out, in).
         scales: (out,) float32 or bfloat16 for int8 values: the weight is scale · value. None otherwise.
         bias: (out,), or None.
@@ -94,15 +94,16 @@ def by_panels(
     """Unpack some slices, multiply x (batch, in) with them as torch does, go on with the next."""
     rows, columns = slices.order.numel(), slices.columns
     dtype = portable.product_dtype(x.dtype, slices.values)
+    held = torch.float32 if dtype == torch.float64 else dtype  # which holds all values, too
     wide, y = x.to(dtype), x.new_empty(x.shape[0], rows)
     size = max(1, PANEL // (columns * dtype.itemsize * ROWS))
     last = len(slices.starts) - 1
     for first in range(0, last, size):
         end = min(last, first + size)
         some = slices.order[first * ROWS : end * ROWS].long()
-        panel = scratch(len(some) * columns, dtype).view(-1, columns)
+        panel = scratch(len(some) * columns, held).view(-1, columns)
         compiled.expand_slices(slices, first, end, panel)
-        product = torch.mm(wide, panel.t())
+        product = torch.mm(wide, panel.to(dtype).t())
         y[:, some] = portable.finish(
             product, None if scales is None else scales[some], None if bias is None else bias[some], x.dtype
         )
