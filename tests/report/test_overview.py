@@ -14,7 +14,7 @@ from scipy import stats
 
 from many_runs import accuracy, write_runs
 from phoenix_sparse.errors import PhoenixError
-from phoenix_sparse.report.overview import PAGE, PUBLISHED, SUMMARY, build_overview
+from phoenix_sparse.report.overview import PAGE, PUBLISHED, SUMMARY, accuracy_table, build_overview
 from phoenix_sparse.report.published import FIGURES, beside
 from phoenix_sparse.report.run_rows import find_runs, method_name, run_row
 from phoenix_sparse.report.series import (
@@ -23,11 +23,12 @@ from phoenix_sparse.report.series import (
     kind_of_merge,
     mean_and_interval,
     merge_costs,
+    seeds_of,
     series,
     student,
     wilson,
 )
-from phoenix_sparse.report.sweep_plots import flops_plot, method_plot
+from phoenix_sparse.report.sweep_plots import flops_plot, method_plot, mode_plot
 
 
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=40))
@@ -78,7 +79,9 @@ def test_one_seed_has_the_interval_of_its_examples_and_several_have_their_own():
     assert (one.low, one.high) == wilson(0.4, 50)
     more = [*rows, rows[0] | {"accuracy": 0.5}, rows[0] | {"target_sparsity": 0.7}]
     two, other = series(more, "accuracy", examples="examples")
-    assert two.high == pytest.approx(0.45 + mean_and_interval([0.4, 0.5])[1])
+    assert (two.low, two.high) == (0, 1)  # of two seeds the interval by Student's t is wider than shares can be
+    (wide,) = series(more[:2], "accuracy")
+    assert wide.high == pytest.approx(0.45 + mean_and_interval([0.4, 0.5])[1])
     assert other.low is None  # no second kind of interval beside the first
 
 
@@ -135,8 +138,9 @@ def test_pages_show_the_runs(tmp_path, files):
     for heading in ("Accuracy against sparsity", "Methods at a glance", "What sparse-to-dense costs"):
         assert heading in page
     values = [100 * accuracy("wanda", "sparse_to_sparse", 0.5, seed) for seed in (0, 1)]
-    mean, half = mean_and_interval(values)
-    assert f"{mean:.1f} ± {half:.1f}" in page
+    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(2)
+    assert f"{mean:.1f} ± {error:.1f} (" in page
+    assert "means over 2 seeds" in page
     identities = re.findall(r'\bid="([^"]+)"', page)
     assert len(identities) == len(set(identities))
     for svg in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
@@ -264,3 +268,38 @@ def test_where_there_are_no_runs_it_is_told(tmp_path, files):
 def test_kinds_of_merge():
     assert kind_of_merge({"mode": "sparse_to_sparse", "dense_merge": "dense"}) == "sparse-to-sparse"
     assert kind_of_merge({"mode": "sparse_to_dense", "dense_merge": "remask"}) == "sparse-to-dense, masked again"
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=6))
+def test_intervals_of_shares_are_shares_and_no_narrower_than_by_the_examples(hits):
+    """Seeds that agree by chance were tested on the same examples, which is where the error is then."""
+    rows = [{"target_sparsity": 0.5, "accuracy": one / 50, "examples": 50} for one in hits]
+    (point,) = series(rows, "accuracy", examples="examples")
+    low, high = wilson(point.mean, 50)
+    assert 0 <= point.low <= low <= high <= point.high <= 1
+    if len(hits) > 1:
+        spread = stats.sem([one / 50 for one in hits]) * stats.t.ppf(0.975, len(hits) - 1)
+        assert point.high >= min(1, point.mean + spread) - 1e-3
+
+
+def test_no_plot_of_accuracies_goes_beyond_all_examples(tmp_path, files):
+    """With two seeds that differ the interval over them would end far above 100%."""
+    rows = [run_row(one) for one in write_runs(tmp_path, files)]
+    worst = [row | {"accuracy": 0.95 if row["seed"] else 0.45} for row in rows]
+    for plot in (method_plot(worst, "m", "m"), mode_plot(worst, "a", "a")):
+        ticks = [float(text) for text in re.findall(r"<text[^>]*>(\d+)</text>", plot)]
+        assert max(ticks) == 100
+
+
+def test_the_dense_model_has_no_error_over_seeds(tmp_path, files):
+    rows = [run_row(one) for one in write_runs(tmp_path, files)]
+    for line in accuracy_table([row | {"accuracy_dense": 0.2, "stderr_dense": 0.011} for row in rows]):
+        assert line["accuracy_dense"] == "20.0 (1.1)"
+        assert re.fullmatch(r"\d+\.\d ± \d+\.\d \(\d+\.\d\)", line["accuracy"])
+
+
+def test_seeds_are_counted_where_the_means_are():
+    rows = [{"method": "wanda", "target_sparsity": 0.5, "seed": seed} for seed in (0, 1, 2)]
+    assert seeds_of(rows) == "3 seeds"
+    assert seeds_of([*rows, rows[0] | {"target_sparsity": 0.7}]) == "1 to 3 seeds"
+    assert seeds_of(rows[:1]) == "1 seed"

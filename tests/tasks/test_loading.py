@@ -323,3 +323,8 @@ def test_the_tasks_in_the_documentation_are_tasks(tmp_path, number):
     task = load(tmp_path)
     assert (len(task.train), len(task.validation), task.test_size) == (20, 6, 8)
     assert task.train[0].completion in (" It is #### 1", " 1")
+
+
+def test_loading_a_task_says_nothing(folder, capfd):
+    load(folder)
+    assert capfd.readouterr() == ("", "")

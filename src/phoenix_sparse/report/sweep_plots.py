@@ -144,7 +144,7 @@ def flops_plot(rows: Sequence[Row], name: str) -> str | None:
         return of
 
     lines = {
-        f"{phase}, {merge}{model}": series(group, share(phase))
+        f"{phase}, {merge}{model}": _bare(series(group, share(phase)))
         for merge, model, group in _by_merge_and_model(rows)
         for phase in ("prefill", "decode")
     }
@@ -163,9 +163,8 @@ def throughput_plot(rows: Sequence[Row], name: str, phase: str) -> str | None:
 
 def training_plot(rows: Sequence[Row], name: str) -> str | None:
     """Tokens a second of the fine-tune, as the runs of one model and task measured it: means over methods and seeds."""
-    lines = {merge: series(group, "train_tokens_per_second") for merge, group in by_merge(rows).items()}
-    bare = {merge: [replace(point, low=None, high=None) for point in points] for merge, points in lines.items()}
-    return _plain(bare, name, "training tokens a second")
+    lines = {merge: _bare(series(group, "train_tokens_per_second")) for merge, group in by_merge(rows).items()}
+    return _plain(lines, name, "training tokens a second")
 
 
 def cost_plot(rows: Sequence[Row], name: str) -> str | None:
@@ -254,6 +253,11 @@ def _plain(
             _from_zero(axes)
         axes.legend(**LEGEND)
         return _svg(figure, name)
+
+
+def _bare(points: Sequence[Point]) -> list[Point]:
+    """Means without intervals: of counts, and of what methods and machines that share themselves put in one heap."""
+    return [replace(point, low=None, high=None) for point in points]
 
 
 def _by_merge_and_model(rows: Sequence[Row]) -> Iterator[tuple[str, str, list[Row]]]:

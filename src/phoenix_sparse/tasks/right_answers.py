@@ -22,17 +22,15 @@ def check_right_answers(harness: Any, definition: Definition) -> None:
     """
     if harness.OUTPUT_TYPE != "generate_until":
         return
+    from lm_eval.api.instance import Instance
+
     metric, name = definition.metric.split(",")
-    harness.build_all_requests()
-    for request in harness.instances:
-        request.resps = [_written(harness, request.doc)]
-    harness.apply_filters()
-    scores = [
-        harness.process_results(request.doc, [request.filtered_resps[name]])[metric] for request in harness.instances
-    ]
-    if any(scores):
+    answers = [Instance("generate_until", row, ("", {}), 0, resps=[_written(harness, row)]) for row in harness.eval_docs]
+    for filters in harness._filters:
+        filters.apply(answers)
+    if any(harness.process_results(one.doc, [one.filtered_resps[name]])[metric] for one in answers):
         return
-    first = harness.instances[0]
+    first = answers[0]
     raise PhoenixError(
         f"{definition.source}: right answers score 0: {first.resps[0]!r}, as a model is trained to write it, gives "
         f"{first.filtered_resps[name]!r}, and the target is {harness.doc_to_target(first.doc)!r}; change doc_to_target, "
