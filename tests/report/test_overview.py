@@ -6,6 +6,7 @@ import random
 import re
 import statistics
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -296,6 +297,18 @@ def test_the_dense_model_has_no_error_over_seeds(tmp_path, files):
     for line in accuracy_table([row | {"accuracy_dense": 0.2, "stderr_dense": 0.011} for row in rows]):
         assert line["accuracy_dense"] == "20.0 (1.1)"
         assert re.fullmatch(r"\d+\.\d ± \d+\.\d \(\d+\.\d\)", line["accuracy"])
+
+
+def test_the_documented_columns_are_those_of_the_summary(tmp_path, files):
+    documentation = (Path(__file__).parents[2] / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    table = documentation.split("| column | unit |")[1].split("\n\n")[0]
+    names = re.findall(r"`([a-z_]+)`", " ".join(line.split("|")[1] for line in table.splitlines() if "`" in line))
+    columns = set(run_row(write_runs(tmp_path, files)[0]))
+    assert set(names) - {"process_seconds"} <= columns  # of the registry
+    axes = {"run", "directory", "finished", "model", "task", "method", "mode", "dense_merge", "seed"}
+    made = "created|phoenix|git_commit|(host|version)_.*|model_sha256|train_examples"
+    rest = {re.sub("_(pruned|dense|dense_lora)$", "", name) for name in columns - axes if not re.fullmatch(made, name)}
+    assert rest <= set(names)
 
 
 def test_seeds_are_counted_where_the_means_are():
