@@ -15,7 +15,7 @@ from scipy import stats
 
 from many_runs import accuracy, write_runs
 from phoenix_sparse.errors import PhoenixError
-from phoenix_sparse.report.overview import PAGE, PUBLISHED, SUMMARY, accuracy_table, build_overview
+from phoenix_sparse.report.overview import PAGE, PUBLISHED, SUMMARY, accuracy_table, build_overview, sections
 from phoenix_sparse.report.published import FIGURES, beside
 from phoenix_sparse.report.run_rows import find_runs, method_name, run_row
 from phoenix_sparse.report.series import (
@@ -290,6 +290,27 @@ def test_no_plot_of_accuracies_goes_beyond_all_examples(tmp_path, files):
     for plot in (method_plot(worst, "m", "m"), mode_plot(worst, "a", "a")):
         ticks = [float(text) for text in re.findall(r"<text[^>]*>(\d+)</text>", plot)]
         assert max(ticks) == 100
+
+
+def test_methods_of_one_sparsity_do_not_hide_each_other(tmp_path, files):
+    rows = [run_row(one) for one in write_runs(tmp_path, files, sparsities=[0.5])]
+    few = {"accuracy": 0.04, "accuracy_dense": 0.0, "accuracy_dense_lora": None, "examples": 1000}
+    plot = method_plot([row | few for row in rows], "m", "m")
+    methods = {row["method"] for row in rows}
+    assert re.findall(r"<text[^>]*>([4-9]\d)</text>", plot) == ["50"]
+    assert "LineCollection" in plot  # a band over one place would be no wider than a point
+    marks = re.findall(r'<use xlink:href="#[^"]+" x="([\d.]+)" y="([\d.]+)"', plot)
+    heights = [y for _, y in marks]
+    level = max(set(heights), key=heights.count)
+    assert len({x for x, y in marks if y == level}) >= len(methods) > 1
+
+
+def test_counted_flops_are_not_called_speed(tmp_path, files):
+    rows = [run_row(one) for one in write_runs(tmp_path, files, sparsities=[0.5])]
+    headings = [heading for _, heading, _ in sections(rows)]
+    assert "Accuracy against FLOPs" in headings
+    timed = [row | {"decode_tokens_per_second": 2.0, "decode_tokens_per_second_dense": 1.0} for row in rows]
+    assert "Accuracy against speed" in [heading for _, heading, _ in sections(timed)]
 
 
 def test_the_dense_model_has_no_error_over_seeds(tmp_path, files):

@@ -123,7 +123,8 @@ def sections(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[Plot]]]:
     """The page's sections: identity, heading and plots. A section without a plot says that nothing was measured."""
     yield "accuracy", "Accuracy against sparsity", list(_accuracy_plots(rows))
     yield "methods", "Methods at a glance", list(_heatmaps(rows))
-    yield "pareto", "Accuracy against speed", list(_fronts(rows))
+    timed = any(row.get("decode_tokens_per_second") is not None for row in rows)
+    yield "pareto", f"Accuracy against {'speed' if timed else 'FLOPs'}", list(_fronts(rows))
     flops = _plot(
         flops_plot(rows, "flops"),
         "FLOPs of the merged model against sparsity, by phase and kind of merge",
