@@ -185,8 +185,8 @@ def _fronts(rows: Sequence[Row]) -> Iterable[Plot]:
         for speed in ("measured", "counted"):
             text = f"Accuracy on {task} against speed, {speed}, with the front of the best trade-offs"
             caption = (
-                f"{task}, {model}; {_means(group)}. Points on the front carry their sparsity. Accuracies have the errors "
-                "of the plots and the table."
+                f"{task}, {model}; {_means(group)}. Points on the front carry their sparsity. The errors of the "
+                "accuracies stand in the table."
             )
             yield from _plot(pareto_plot(group, _name("p", f"{model} {task} {speed}"), speed), text, caption)
 

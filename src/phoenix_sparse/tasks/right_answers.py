@@ -25,7 +25,9 @@ def check_right_answers(harness: Any, definition: Definition) -> None:
     from lm_eval.api.instance import Instance
 
     metric, name = definition.metric.split(",")
-    answers = [Instance("generate_until", row, ("", {}), 0, resps=[_written(harness, row)]) for row in harness.eval_docs]
+    answers = [
+        Instance("generate_until", row, ("", {}), 0, resps=[_written(harness, row)]) for row in harness.eval_docs
+    ]
     for filters in harness._filters:
         filters.apply(answers)
     if any(harness.process_results(one.doc, [one.filtered_resps[name]])[metric] for one in answers):
@@ -33,8 +35,8 @@ def check_right_answers(harness: Any, definition: Definition) -> None:
     first = answers[0]
     raise PhoenixError(
         f"{definition.source}: right answers score 0: {first.resps[0]!r}, as a model is trained to write it, gives "
-        f"{first.filtered_resps[name]!r}, and the target is {harness.doc_to_target(first.doc)!r}; change doc_to_target, "
-        "filter_list or generation_kwargs.until"
+        f"{first.filtered_resps[name]!r}, and the target is {harness.doc_to_target(first.doc)!r}; change "
+        "doc_to_target, filter_list or generation_kwargs.until"
     )
 
 

@@ -297,8 +297,8 @@ def library() -> Library | None:
             raise PhoenixError(f"{VARIABLE}: {path!r} needs the compiled kernels, and {_reason(error)}") from error
         warnings.warn(
             f"phoenix_sparse: {_reason(error)}; sparse layers work, but a token takes about ten times as long as of a "
-            "dense model (they are unpacked for each call). Install phoenix-sparse again, where there is a C++ compiler, "
-            "or write the dense model with `phx unpack`",
+            "dense model (they are unpacked for each call). Install phoenix-sparse again, where there is a C++ "
+            "compiler, or write the dense model with `phx unpack`",
             stacklevel=2,
         )
         return None
