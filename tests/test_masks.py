@@ -233,6 +233,19 @@ def test_the_histogram_is_a_picture(tmp_path, llama):
     assert (tmp_path / "h.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("tenths", [0, 5, 7, 10])
+def test_layers_stand_at_their_sparsity_in_the_histogram(tmp_path, monkeypatch, tenths):
+    from matplotlib.axes import Axes
+
+    drawn, draw = [], Axes.hist
+    monkeypatch.setattr(Axes, "hist", lambda *given, **options: drawn.append(draw(*given, **options)))
+    mask = torch.arange(1000).reshape(10, 100) >= 100 * tenths - 1  # a weight less than asked for
+    plot_sparsity_histogram({"one": mask, "two": mask}, tmp_path / "h.png")
+    ((_, _, bars),) = drawn
+    (bar,) = [bar for bar in bars if bar.get_height()]
+    assert bar.get_x() + bar.get_width() / 2 == pytest.approx(tenths / 10)
+
+
 def test_a_directory_in_the_place_of_masks_is_named_for_what_it_is(tmp_path, model_directory):
     expected = "and masks are one file; give the one that pruning wrote, such as"
     with pytest.raises(PhoenixError) as error:

@@ -76,11 +76,8 @@ def plan(
     say(f"{settings.name}: {counted(len(loaded.cells), 'run')} ({product}{left_out})")
     for stage, (needed, done) in shared_counts(loaded).items():
         say(f"  {stage}: needed by {counted(needed, 'run')}, computed {counted(done, 'time')}")
-    engine = settings.engine
-    where = "this machine" if engine.provider.kind == "local" else engine.provider.kind
-    gpus = f", GPUs {', '.join(engine.gpus)}" if engine.gpus else ""
-    again = counted(settings.retries, "retry")
-    say(f"engine: {engine.kind} on {where}, {engine.workers} at once on a node{gpus}; {again}")
+    gpus = f", GPUs {', '.join(settings.engine.gpus)}" if settings.engine.gpus else ""
+    say(f"engine: {_engine(settings)}{gpus}; {counted(settings.retries, 'retry')}")
     if cells:
         say(*(cell.name for cell in loaded.cells))
     if not inputs:
@@ -199,6 +196,13 @@ def _again(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
+def _engine(settings: Any) -> str:
+    """Where a sweep's runs are run."""
+    place = settings.engine.provider.kind
+    where = "this machine" if place == "local" else place
+    return f"{settings.engine.kind} on {where}, {settings.engine.workers} at once on a node"
+
+
 def _directory(file: Path, overrides: list[str] | None, out: Path | None) -> Path:
     from phoenix_sparse.sweep.matrix import load_sweep
 
@@ -207,6 +211,7 @@ def _directory(file: Path, overrides: list[str] | None, out: Path | None) -> Pat
 
 def _run(file: Path, overrides: list[str] | None, out: Path | None, *, resume: bool) -> None:
     from phoenix_sparse.console import ERR, showing
+    from phoenix_sparse.report.series import counted
     from phoenix_sparse.sweep.matrix import load_sweep
     from phoenix_sparse.sweep.planning import check_inputs
     from phoenix_sparse.sweep.running import run_sweep
@@ -221,7 +226,12 @@ def _run(file: Path, overrides: list[str] | None, out: Path | None, *, resume: b
         again = f", attempt {one.attempts}" if one.attempts > 1 else ""
         ERR.print(f"{count}/{total} {one.state}: {one.name}{took}{again}", markup=False)
 
-    found = run_sweep(loaded, directory, resume=resume, tell=tell)
+    def begin(todo: int) -> None:
+        queue = "" if loaded.settings.engine.provider.kind == "local" else "; its jobs may wait in the queue"
+        text = f"{counted(todo, 'run')} to do in {directory}, {_engine(loaded.settings)}{queue}"
+        ERR.print(f"{text}; `phx sweep status {directory}` says where each stands", markup=False, soft_wrap=True)
+
+    found = run_sweep(loaded, directory, resume=resume, tell=tell, begin=begin)
     _tell_failures(found)
     say(_counted(found), f"registry: {directory / 'registry.csv'}")
     states = {one.state for one in found}

@@ -185,7 +185,8 @@ def plot_sparsity_histogram(masks: Masks, save_path: Path | str) -> None:
     bars, spread = figure.subplots(2, 1)
     bars.bar(range(len(values)), values, color="0.35")
     bars.set(xlabel="layer, in model order", ylabel="sparsity (share of zeros)", ylim=(0, 1))
-    spread.hist(values, bins=20, range=(0, 1), color="0.35")
+    # Bars around multiples of 5%: masks hit 70% to a weight, and a bin that ended there would say 65 to 70.
+    spread.hist(values, bins=21, range=(-0.025, 1.025), color="0.35", rwidth=0.9)
     spread.set(xlabel="sparsity (share of zeros)", ylabel="layers")
     with atomic_path(Path(save_path)) as temporary:
         figure.savefig(temporary, format=Path(save_path).suffix.lstrip(".") or "png", dpi=120)

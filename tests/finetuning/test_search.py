@@ -63,9 +63,9 @@ def test_the_choice_is_the_best_and_the_smallest_of_equals(tmp_path):
 @pytest.mark.parametrize(
     ("stderr", "origin", "words"),
     [
-        (0.01, "smallest", "it leads the median by 2.0 points, more than 1 standard errors (1.0)"),
-        (0.03, "median", "the median; candidate 2 leads it by 2.0 points, no more than 1 standard errors (3.0)"),
-        (None, "smallest", "more than 1 standard errors (0.0)"),
+        (0.01, "smallest", "it leads the median by 2.0 points, more than 1 standard error (1.0 points)"),
+        (0.03, "median", "the median; candidate 2 leads it by 2.0 points, no more than 1 standard error (3.0 points)"),
+        (None, "smallest", "more than 1 standard error (0.0 points)"),
     ],
 )
 def test_the_median_is_left_only_for_a_lead_beyond_noise(tmp_path, stderr, origin, words):

@@ -6,6 +6,7 @@ import random
 import re
 import statistics
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,7 +15,7 @@ from scipy import stats
 
 from many_runs import accuracy, write_runs
 from phoenix_sparse.errors import PhoenixError
-from phoenix_sparse.report.overview import PAGE, PUBLISHED, SUMMARY, build_overview
+from phoenix_sparse.report.overview import PAGE, PUBLISHED, SUMMARY, accuracy_table, build_overview, sections
 from phoenix_sparse.report.published import FIGURES, beside
 from phoenix_sparse.report.run_rows import find_runs, method_name, run_row
 from phoenix_sparse.report.series import (
@@ -23,11 +24,12 @@ from phoenix_sparse.report.series import (
     kind_of_merge,
     mean_and_interval,
     merge_costs,
+    seeds_of,
     series,
     student,
     wilson,
 )
-from phoenix_sparse.report.sweep_plots import flops_plot, method_plot
+from phoenix_sparse.report.sweep_plots import flops_plot, method_plot, mode_plot
 
 
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=40))
@@ -78,7 +80,9 @@ def test_one_seed_has_the_interval_of_its_examples_and_several_have_their_own():
     assert (one.low, one.high) == wilson(0.4, 50)
     more = [*rows, rows[0] | {"accuracy": 0.5}, rows[0] | {"target_sparsity": 0.7}]
     two, other = series(more, "accuracy", examples="examples")
-    assert two.high == pytest.approx(0.45 + mean_and_interval([0.4, 0.5])[1])
+    assert (two.low, two.high) == (0, 1)  # of two seeds the interval by Student's t is wider than shares can be
+    (wide,) = series(more[:2], "accuracy")
+    assert wide.high == pytest.approx(0.45 + mean_and_interval([0.4, 0.5])[1])
     assert other.low is None  # no second kind of interval beside the first
 
 
@@ -135,8 +139,9 @@ def test_pages_show_the_runs(tmp_path, files):
     for heading in ("Accuracy against sparsity", "Methods at a glance", "What sparse-to-dense costs"):
         assert heading in page
     values = [100 * accuracy("wanda", "sparse_to_sparse", 0.5, seed) for seed in (0, 1)]
-    mean, half = mean_and_interval(values)
-    assert f"{mean:.1f} ± {half:.1f}" in page
+    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(2)
+    assert f"{mean:.1f} ± {error:.1f} (" in page
+    assert "means over 2 seeds" in page
     identities = re.findall(r'\bid="([^"]+)"', page)
     assert len(identities) == len(set(identities))
     for svg in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
@@ -267,3 +272,71 @@ def test_where_there_are_no_runs_it_is_told(tmp_path, files):
 def test_kinds_of_merge():
     assert kind_of_merge({"mode": "sparse_to_sparse", "dense_merge": "dense"}) == "sparse-to-sparse"
     assert kind_of_merge({"mode": "sparse_to_dense", "dense_merge": "remask"}) == "sparse-to-dense, masked again"
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=6))
+def test_intervals_of_shares_are_shares_and_no_narrower_than_by_the_examples(hits):
+    """Seeds that agree by chance were tested on the same examples, which is where the error is then."""
+    rows = [{"target_sparsity": 0.5, "accuracy": one / 50, "examples": 50} for one in hits]
+    (point,) = series(rows, "accuracy", examples="examples")
+    low, high = wilson(point.mean, 50)
+    assert 0 <= point.low <= low <= high <= point.high <= 1
+    if len(hits) > 1:
+        spread = stats.sem([one / 50 for one in hits]) * stats.t.ppf(0.975, len(hits) - 1)
+        assert point.high >= min(1, point.mean + spread) - 1e-3
+
+
+def test_no_plot_of_accuracies_goes_beyond_all_examples(tmp_path, files):
+    """With two seeds that differ the interval over them would end far above 100%."""
+    rows = [run_row(one) for one in write_runs(tmp_path, files)]
+    worst = [row | {"accuracy": 0.95 if row["seed"] else 0.45} for row in rows]
+    for plot in (method_plot(worst, "m", "m"), mode_plot(worst, "a", "a")):
+        ticks = [float(text) for text in re.findall(r"<text[^>]*>(\d+)</text>", plot)]
+        assert max(ticks) == 100
+
+
+def test_methods_of_one_sparsity_do_not_hide_each_other(tmp_path, files):
+    rows = [run_row(one) for one in write_runs(tmp_path, files, sparsities=[0.5])]
+    few = {"accuracy": 0.04, "accuracy_dense": 0.0, "accuracy_dense_lora": None, "examples": 1000}
+    plot = method_plot([row | few for row in rows], "m", "m")
+    methods = {row["method"] for row in rows}
+    assert re.findall(r"<text[^>]*>([4-9]\d)</text>", plot) == ["50"]
+    assert "LineCollection" in plot  # a band over one place would be no wider than a point
+    marks = re.findall(r'<use xlink:href="#[^"]+" x="([\d.]+)" y="([\d.]+)"', plot)
+    heights = [y for _, y in marks]
+    level = max(set(heights), key=heights.count)
+    assert len({x for x, y in marks if y == level}) >= len(methods) > 1
+
+
+def test_counted_flops_are_not_called_speed(tmp_path, files):
+    rows = [run_row(one) for one in write_runs(tmp_path, files, sparsities=[0.5])]
+    headings = [heading for _, heading, _ in sections(rows)]
+    assert "Accuracy against FLOPs" in headings
+    timed = [row | {"decode_tokens_per_second": 2.0, "decode_tokens_per_second_dense": 1.0} for row in rows]
+    assert "Accuracy against speed" in [heading for _, heading, _ in sections(timed)]
+
+
+def test_the_dense_model_has_no_error_over_seeds(tmp_path, files):
+    rows = [run_row(one) for one in write_runs(tmp_path, files)]
+    for line in accuracy_table([row | {"accuracy_dense": 0.2, "stderr_dense": 0.011} for row in rows]):
+        assert line["accuracy_dense"] == "20.0 (1.1)"
+        assert re.fullmatch(r"\d+\.\d ± \d+\.\d \(\d+\.\d\)", line["accuracy"])
+
+
+def test_the_documented_columns_are_those_of_the_summary(tmp_path, files):
+    documentation = (Path(__file__).parents[2] / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    table = documentation.split("| column | unit |")[1].split("\n\n")[0]
+    names = re.findall(r"`([a-z_]+)`", " ".join(line.split("|")[1] for line in table.splitlines() if "`" in line))
+    columns = set(run_row(write_runs(tmp_path, files)[0]))
+    assert set(names) - {"process_seconds"} <= columns  # of the registry
+    axes = {"run", "directory", "finished", "model", "task", "method", "mode", "dense_merge", "seed"}
+    made = "created|phoenix|git_commit|(host|version)_.*|model_sha256|train_examples"
+    rest = {re.sub("_(pruned|dense|dense_lora)$", "", name) for name in columns - axes if not re.fullmatch(made, name)}
+    assert rest <= set(names)
+
+
+def test_seeds_are_counted_where_the_means_are():
+    rows = [{"method": "wanda", "target_sparsity": 0.5, "seed": seed} for seed in (0, 1, 2)]
+    assert seeds_of(rows) == "3 seeds"
+    assert seeds_of([*rows, rows[0] | {"target_sparsity": 0.7}]) == "1 to 3 seeds"
+    assert seeds_of(rows[:1]) == "1 seed"

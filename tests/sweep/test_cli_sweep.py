@@ -76,6 +76,8 @@ def test_a_sweep_that_keeps_results_alone_needs_less_room(file):
 def test_a_failed_run_is_exit_code_3_and_resume_mends_it(file):
     done = phx("sweep", "run", file)
     assert done.exit_code == 3, done.output
+    begun = "2 runs to do in sweeps/mine, inline on this machine, 1 at once on a node; `phx sweep status sweeps/mine`"
+    assert done.output.startswith(begun)  # before the first run has ended, which may take hours
     assert "failed: tiny-bad-magnitude-50-s2s-s0 (1 attempt): exit code 2: phx: no such data" in done.output
     assert "2 runs: 1 done, 1 failed" in done.output
     for what in (file, "sweeps/mine"):
@@ -90,7 +92,10 @@ def test_a_failed_run_is_exit_code_3_and_resume_mends_it(file):
     done = phx("sweep", "resume", "sweeps/mine")
     assert done.exit_code == 0, done.output
     assert "2 runs: 2 done" in done.output
-    assert "2 runs: 2 done" in phx("sweep", "resume", file).output
+    assert done.output.startswith("1 run to do in sweeps/mine, ")
+    again = phx("sweep", "resume", file).output
+    assert "2 runs: 2 done" in again
+    assert "to do" not in again
 
 
 def test_damaged_files_of_the_directory_are_named(file):

@@ -143,7 +143,7 @@ def test_a_record_with_a_torn_end_is_read(tmp_path):
     assert "exit" not in only
 
 
-def test_parsl_is_configured_for_this_machine(tmp_path):
+def test_parsl_is_configured_for_this_machine(tmp_path, monkeypatch):
     pytest.importorskip("parsl")
     settings = EngineSettings.model_validate({"workers": 4, "gpus": [0, 1]})
     (executor,) = parsl_config(settings, tmp_path, 2).executors
@@ -151,6 +151,9 @@ def test_parsl_is_configured_for_this_machine(tmp_path):
     assert not executor.available_accelerators  # each run is pinned by `environment`
     assert executor.provider.label == "local"
     assert parsl_config(settings, tmp_path, 2).retries == 2
+    monkeypatch.chdir(tmp_path)  # a job on a node begins elsewhere
+    (executor,) = parsl_config(settings, Path("sweeps/mine/parsl"), 2).executors
+    assert executor.worker_logdir_root == str(tmp_path.resolve() / "sweeps/mine/parsl/workers")
     # By this interpreter, and not by scripts, which an installation may have put anywhere.
     pool, interchange = executor.launch_cmd.split(), executor.interchange_launch_cmd
     for start, module in ((pool[:3], "process_worker_pool"), (interchange, "interchange")):

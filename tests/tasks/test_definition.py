@@ -92,6 +92,7 @@ def test_lm_eval_gets_a_copy():
         ),
         (GENERATE | {"training_split": "../../train"}, "training_split"),
         (GENERATE | {"dataset_path": "/somewhere/else"}, "dataset_path"),
+        (GENERATE | {"dataset_path": "json"}, "dataset_path: 'json' is no data set .* put train.jsonl and test.jsonl"),
         ({**CHOICE, "doc_to_choice": None}, "needs doc_to_choice"),
         ({}, "output_type"),
         ("- a list\n", "a mapping"),

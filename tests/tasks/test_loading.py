@@ -280,3 +280,51 @@ def test_boolq_is_tested_on_its_validation_split():
     scored = requests(task, "validation")
     for index, (row, example) in enumerate(zip(task.rows["validation"], task.validation, strict=True)):
         assert scored[2 * index + row["label"]].args == (example.prompt, example.completion)
+
+
+def test_an_answer_is_right_though_a_blank_stands_before_it(folder):
+    """A completion begins with the delimiter, and most tokenizers give it back: ' 201' is the right answer."""
+    task = load(folder)
+    assert set(full_marks(task, "test", 8)) == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "score"),
+    [
+        ({"filter_list": [{"name": "none", "filter": [{"function": "take_first"}]}]}, "gives ' 201', and the target"),
+        ({"target_delimiter": "\n"}, "''"),
+        ({"doc_to_target": "It is {{answer}}", "generation_kwargs": {"until": [" is"]}}, "' It'"),
+    ],
+)
+def test_a_task_whose_own_answers_score_nothing_is_refused(folder, change, score):
+    (folder / "task.yaml").write_text(yaml.safe_dump(TASK | change))
+    with pytest.raises(PhoenixError, match=rf"task.yaml: right answers score 0: .*{score}.*; change doc_to_target"):
+        load(folder)
+
+
+def test_a_filter_that_some_answers_pass_is_let_through(folder):
+    digits = [{"function": "regex", "regex_pattern": r"(\d*[02468])$"}, {"function": "take_first"}]
+    (folder / "task.yaml").write_text(yaml.safe_dump(TASK | {"filter_list": [{"name": "even", "filter": digits}]}))
+    assert set(full_marks(load(folder), "test", 8)) == {0.0, 1.0}
+
+
+DOCUMENTED = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("number", range(DOCUMENTED.count("```yaml")))
+def test_the_tasks_in_the_documentation_are_tasks(tmp_path, number):
+    (tmp_path / "task.yaml").write_text(DOCUMENTED.split("```yaml\n")[number + 1].split("```")[0])
+    for split, first, count in (("train", 0, 20), ("validation", 100, 6), ("test", 200, 8)):
+        content = [
+            row | {"answer": f"It is #### {row['answer']}", "choices": ["one", row["answer"]], "label": 1}
+            for row in rows(first, count)
+        ]
+        write_split(tmp_path, split, content)
+    task = load(tmp_path)
+    assert (len(task.train), len(task.validation), task.test_size) == (20, 6, 8)
+    assert task.train[0].completion in (" It is #### 1", " 1")
+
+
+def test_loading_a_task_says_nothing(folder, capfd):
+    load(folder)
+    assert capfd.readouterr() == ("", "")

@@ -101,7 +101,8 @@ class Candidates:
             return best, RULE
         lead = best["accuracy"] - median["accuracy"]
         noise = margin * max(one["stderr"] or 0.0 for one in (median, best))
-        size = f"{100 * lead:.1f} points, {{}} than {margin:g} standard errors ({100 * noise:.1f})"
+        errors = "standard error" if margin == 1 else "standard errors"
+        size = f"{100 * lead:.1f} points, {{}} than {margin:g} {errors} ({100 * noise:.1f} points)"
         if lead > noise:
             return best, f"{RULE}; it leads the median by {size.format('more')}"
         return median, f"the median; candidate {best['id']} leads it by {size.format('no more')}"

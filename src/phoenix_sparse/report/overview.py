@@ -22,6 +22,8 @@ from phoenix_sparse.report.series import (
     mean_and_interval,
     measured_alike,
     merge_costs,
+    seeds_of,
+    standard_error,
 )
 from phoenix_sparse.report.sweep_plots import (
     cost_plot,
@@ -127,7 +129,8 @@ def sections(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[Plot]]]:
     """The page's sections: identity, heading and plots. A section without a plot says that nothing was measured."""
     yield "accuracy", "Accuracy against sparsity", list(_accuracy_plots(rows))
     yield "methods", "Methods at a glance", list(_heatmaps(rows))
-    yield "pareto", "Accuracy against speed", list(_fronts(rows))
+    timed = any(row.get("decode_tokens_per_second") is not None for row in rows)
+    yield "pareto", f"Accuracy against {'speed' if timed else 'FLOPs'}", list(_fronts(rows))
     flops = _plot(
         flops_plot(rows, "flops"),
         "FLOPs of the merged model against sparsity, by phase and kind of merge",
@@ -137,7 +140,10 @@ def sections(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[Plot]]]:
     speed = []
     for phase, what in (("prefill", "reading a prompt"), ("decode", "writing")):
         text = f"Measured tokens per second of {phase} against sparsity, dense and packed"
-        caption = f"Inference, {what}: measured by phx bench, dense and packed in turns."
+        caption = (
+            f"Inference, {what}: measured by phx bench, dense and packed in turns; means of the runs' medians, bands "
+            "where there are several runs: 95% confidence of the mean."
+        )
         speed += _plot(throughput_plot(rows, f"speed-{phase}", phase), text, caption)
     for (model, task), group in grouped(rows, "model", "task").items():
         text = f"Measured training tokens per second on {task} against sparsity"
@@ -174,7 +180,7 @@ def _heatmaps(rows: Sequence[Row]) -> Iterable[Plot]:
     for (model,), runs in grouped(rows, "model").items():
         for merge, group in by_merge(runs).items():
             text = f"Accuracies of {model}, {merge}, by task and method and sparsity, with the numbers in the cells"
-            caption = f"{model}, {merge}: accuracy in %, means over seeds, stronger where it is higher."
+            caption = f"{model}, {merge}: accuracy in %, {_means(group)}, stronger where it is higher."
             yield from _plot(heatmap(group, _name("h", f"{model} {merge}")), text, caption)
 
 
@@ -184,7 +190,10 @@ def _fronts(rows: Sequence[Row]) -> Iterable[Plot]:
             continue
         for speed in ("measured", "counted"):
             text = f"Accuracy on {task} against speed, {speed}, with the front of the best trade-offs"
-            caption = f"{task}, {model}. Points on the front carry their sparsity."
+            caption = (
+                f"{task}, {model}; {_means(group)}. Points on the front carry their sparsity. The errors of the "
+                "accuracies stand in the table."
+            )
             yield from _plot(pareto_plot(group, _name("p", f"{model} {task} {speed}"), speed), text, caption)
 
 
@@ -193,7 +202,7 @@ def _costs(rows: Sequence[Row]) -> Iterable[Plot]:
         text = f"Accuracy on {task} of sparse-to-dense minus that of sparse-to-sparse, against sparsity"
         caption = (
             f"{task}, {model}. Below zero: training through the mask was the better way. Pairs of runs that differ in "
-            "the mode alone; a difference has the errors of both."
+            f"the mode alone, {_means(group)}; a difference has the errors of both."
         )
         yield from _plot(cost_plot(group, _name("c", f"{model} {task}")), text, caption)
 
@@ -203,14 +212,20 @@ def _way(rows: Sequence[Row]) -> str:
     row = next((row for row in rows if row["accuracy"] is not None), None)
     if row is None:
         return ""
-    seeds = {one["seed"] for one in rows}
+    seeds = seeds_of(rows)
     band = (
-        f"bands: 95% confidence over {len(seeds)} seeds"
-        if len(seeds) > 1
-        else "one seed; whiskers: 95% by its examples alone"
+        "one seed; whiskers: 95% by its examples alone"
+        if seeds == "1 seed"
+        else f"means over {seeds}; bands: 95% confidence, by the seeds or by the examples, whichever is wider"
     )
     shots = f"{row['num_fewshot']}-shot, {row['metric'].replace(',', ', ')}"
     return f"{row['split'].capitalize()} split, {counted(row['examples'], 'example')}, {shots}; {band}."
+
+
+def _means(rows: Sequence[Row]) -> str:
+    """Over how many seeds a plot's means are."""
+    seeds = seeds_of(rows)
+    return "one seed" if seeds == "1 seed" else f"means over {seeds}"
 
 
 def accuracy_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -219,6 +234,7 @@ def accuracy_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
     fields = ("model", "task", "method", "merge", "target_sparsity")
     for key, group in grouped([{**row, "merge": kind_of_merge(row)} for row in rows], *fields).items():
         line = dict(zip(fields, key, strict=True)) | {"seeds": len({row["seed"] for row in group})}
+        line["examples"] = next((f"{row['examples']:,}" for row in group if row["examples"] is not None), None)
         for name in ("accuracy", "accuracy_pruned", "accuracy_dense", "accuracy_dense_lora"):
             line[name] = _mean(group, name)
         lines.append(line)
@@ -226,14 +242,18 @@ def accuracy_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _mean(rows: Sequence[Row], name: str) -> str | None:
-    values = [100 * row[name] for row in rows if row[name] is not None]
-    if not values:
+    """The mean over seeds in %, ± its standard error over them, and in brackets the one by the evaluated examples."""
+    measured = [row for row in rows if row[name] is not None]
+    if not measured:
         return None
-    mean, half = mean_and_interval(values)
-    if half is not None:
-        return f"{mean:.1f} ± {half:.1f}"
-    error = next((row[name.replace("accuracy", "stderr")] for row in rows if row[name] is not None), None)
-    return f"{mean:.1f}" if error is None else f"{mean:.1f} (se {100 * error:.1f})"
+    values = [100 * row[name] for row in measured]
+    # The dense model is the same for all seeds: that they agree about it says nothing of the figure's error.
+    spread = None if name == "accuracy_dense" else standard_error(values)
+    errors = [row[name.replace("accuracy", "stderr")] for row in measured]
+    known = [100 * error for error in errors if error is not None]
+    text = f"{mean_and_interval(values)[0]:.1f}"
+    text += f" ± {spread:.1f}" if spread is not None else ""
+    return text + (f" ({sum(known) / len(known):.1f})" if known else "")
 
 
 def cost_table(rows: Sequence[Row]) -> list[dict[str, Any]]:

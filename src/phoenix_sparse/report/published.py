@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from phoenix_sparse.report.series import Row, by_merge, counted, grouped, mean_and_interval
+from phoenix_sparse.report.series import Row, by_merge, counted, grouped, mean_and_interval, standard_error
 
 SQFT = "SQFT, arXiv 2501.16372, Table 2"
 SHEARS = "README of Shears, IntelLabs"
@@ -104,8 +104,8 @@ def _ours(rows: Sequence[Row], column: str) -> list[str]:
 
 
 def _spread(values: Sequence[float]) -> str:
-    mean, half = mean_and_interval(values)
-    return f"{mean:.1f} (one seed)" if half is None else f"{mean:.1f} ± {half:.1f} (95%, {len(values)} seeds)"
+    mean, error = mean_and_interval(values)[0], standard_error(values)
+    return f"{mean:.1f} (one seed)" if error is None else f"{mean:.1f} ± {error:.1f} ({len(values)} seeds)"
 
 
 def _differs(figures: Sequence[Figure], rows: Sequence[Row]) -> list[str]:

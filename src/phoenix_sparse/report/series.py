@@ -14,7 +14,11 @@ T95_MORE = {20: 2.131, 30: 2.086}  # the larger of what lies between, so that no
 
 @dataclass(frozen=True)
 class Point:
-    """A mean over seeds at one sparsity, with its 95% confidence interval: over the seeds, if there are several."""
+    """A mean over seeds at one sparsity, with its 95% confidence interval: over the seeds, if there are several.
+
+    Of a share of examples it lies within 0 and 1 and is never narrower than by the examples: seeds that happen to agree
+    were tested on the same ones.
+    """
 
     x: float
     mean: float
@@ -68,7 +72,7 @@ def series(
         value: what is averaged, a field or a function of a row.
         x: the field of the places.
         examples: the field of the number of examples that a value is a share of. With one seed everywhere, intervals
-            are by them.
+            are by them; with several, no narrower than by them.
     """
     measure = (lambda row: row.get(value)) if isinstance(value, str) else value
     found: dict[float, list[tuple[float, float | None]]] = {}
@@ -81,8 +85,12 @@ def series(
     for place in sorted(found):
         mean, half = mean_and_interval([measured for measured, _ in found[place]])
         low, high = (None, None) if half is None else (mean - half, mean + half)
-        if alone and (of := found[place][0][1]):
+        of = found[place][0][1]
+        if alone and of:
             low, high = wilson(mean, int(of))
+        elif of and low is not None and high is not None:
+            least, most = wilson(min(max(mean, 0.0), 1.0), int(of))
+            low, high = max(0.0, min(low, least)), min(1.0, max(high, most))
         points.append(Point(place, mean, low, high, len(found[place])))
     return points
 
@@ -93,6 +101,20 @@ def wilson(share: float, examples: int) -> tuple[float, float]:
     middle = (share + z2 / 2) / (1 + z2)
     half = math.sqrt(share * (1 - share) * z2 + z2 * z2 / 4) / (1 + z2)
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """The standard error of a mean; None for a single value."""
+    half = mean_and_interval(values)[1]
+    return None if half is None else half / student(len(values) - 1)
+
+
+def seeds_of(rows: Iterable[Row]) -> str:
+    """How many seeds a mean at one place of a plot is over: 1 seed, 3 seeds, 1 to 3 seeds."""
+    cells = grouped(rows, "model", "task", "method", "target_sparsity", "mode", "dense_merge").values()
+    counts = {len({row["seed"] for row in cell}) for cell in cells} or {0}
+    least, most = min(counts), max(counts)
+    return counted(most, "seed") if least == most else f"{least} to {most} seeds"
 
 
 def grouped(rows: Iterable[Row], *fields: str) -> dict[tuple[Any, ...], list[Row]]:

@@ -29,12 +29,12 @@ def _look(index: int) -> dict[str, Any]:
 
 
 def _draw(axes: Any, points: Sequence[Point], label: str, index: int, factor: float = 1.0) -> None:
-    """A line of means; with a band where there are intervals over seeds, and whiskers where those of one seed are."""
+    """A line of means; with a band of intervals over seeds, and whiskers for those of one seed or at one place."""
     axes.plot(
         [100 * point.x for point in points], [factor * point.mean for point in points], label=label, **_look(index)
     )
     band = [point for point in points if point.low is not None]
-    if band and all(point.seeds == 1 for point in band):
+    if len(band) == 1 or (band and all(point.seeds == 1 for point in band)):
         below = [factor * (point.mean - point.low) for point in band if point.low is not None]
         above = [factor * (point.high - point.mean) for point in band if point.high is not None]
         look = {"ecolor": COLORS[index % len(COLORS)], "elinewidth": 0.8, "capsize": 2, "alpha": 0.55}
@@ -84,8 +84,11 @@ def _accuracy_plot(lines: Mapping[str, list[Point]], rows: Sequence[Row], name: 
         return None
     import matplotlib
 
+    places = {point.x for points in lines.values() for point in points}
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(3.3 + 0.17 * len(lines))
+        if len(places) == 1:
+            lines = _side_by_side(axes, lines)
         for index, (label, points) in enumerate(lines.items()):
             _draw(axes, points, label, index, 100)
         for value, label, style in (("accuracy_dense_lora", "dense LoRA", "-"), ("accuracy_dense", "dense base", ":")):
@@ -98,6 +101,18 @@ def _accuracy_plot(lines: Mapping[str, list[Point]], rows: Sequence[Row], name: 
         _from_zero(axes, at_least=1)
         axes.legend(title=title, alignment="left", ncols=1, **LEGEND)
         return _svg(figure, name)
+
+
+def _side_by_side(axes: Any, lines: Mapping[str, list[Point]]) -> dict[str, list[Point]]:
+    """Points of one sparsity beside each other, where they would hide each other, over the one tick that is right."""
+    (x,) = {point.x for points in lines.values() for point in points}
+    axes.set_xticks([100 * x], [f"{100 * x:g}"])
+    axes.set_xlim(100 * x - len(lines), 100 * x + len(lines))
+    middle = (len(lines) - 1) / 2
+    return {
+        label: [replace(point, x=x + (index - middle) / 100) for point in points]
+        for index, (label, points) in enumerate(lines.items())
+    }
 
 
 def heatmap(rows: Sequence[Row], name: str) -> str | None:
@@ -144,7 +159,7 @@ def flops_plot(rows: Sequence[Row], name: str) -> str | None:
         return of
 
     lines = {
-        f"{phase}, {merge}{model}": series(group, share(phase))
+        f"{phase}, {merge}{model}": _bare(series(group, share(phase)))
         for merge, model, group in _by_merge_and_model(rows)
         for phase in ("prefill", "decode")
     }
@@ -163,9 +178,8 @@ def throughput_plot(rows: Sequence[Row], name: str, phase: str) -> str | None:
 
 def training_plot(rows: Sequence[Row], name: str) -> str | None:
     """Tokens a second of the fine-tune, as the runs of one model and task measured it: means over methods and seeds."""
-    lines = {merge: series(group, "train_tokens_per_second") for merge, group in by_merge(rows).items()}
-    bare = {merge: [replace(point, low=None, high=None) for point in points] for merge, points in lines.items()}
-    return _plain(bare, name, "training tokens a second")
+    lines = {merge: _bare(series(group, "train_tokens_per_second")) for merge, group in by_merge(rows).items()}
+    return _plain(lines, name, "training tokens a second")
 
 
 def cost_plot(rows: Sequence[Row], name: str) -> str | None:
@@ -254,6 +268,11 @@ def _plain(
             _from_zero(axes)
         axes.legend(**LEGEND)
         return _svg(figure, name)
+
+
+def _bare(points: Sequence[Point]) -> list[Point]:
+    """Means without intervals: of counts, and of what methods and machines that share themselves put in one heap."""
+    return [replace(point, low=None, high=None) for point in points]
 
 
 def _by_merge_and_model(rows: Sequence[Row]) -> Iterator[tuple[str, str, list[Row]]]:

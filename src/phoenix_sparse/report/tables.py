@@ -26,7 +26,7 @@ def summary_table(run_directory: Path) -> "Table":
 
     facts = read_facts(run_directory)
     # Text objects, as rich would read a [name] in a plain string as its own markup.
-    table = Table(title=Text(facts.manifest.name), show_header=False, title_justify="left")
+    table = Table(title=Text(facts.manifest.name), show_header=False, title_justify="left", caption_justify="left")
     table.add_column(style="dim")
     table.add_column(justify="right")
     for role in ROLES:
@@ -35,6 +35,8 @@ def summary_table(run_directory: Path) -> "Table":
         table.add_row(
             Text(f"accuracy, {facts.role_names[role].lower().replace('lora', 'LoRA')}"), Text(value, style=style)
         )
+    if any(role in facts.accuracies for role in ROLES):
+        table.caption = "±: standard error by the evaluated examples"
     certificate, flops = facts.certificate, facts.flops
     table.add_section()
     table.add_row("sparsity after the merge", percent(certificate.sparsity) if certificate else MISSING)
@@ -130,7 +132,7 @@ def compare_table(compared: Mapping[str, Any]) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    title = f"Accuracy on the {compared['split']} split before and after the fine-tune, with ranks"
+    title = f"Accuracy (± standard error) on the {compared['split']} split before and after the fine-tune, with ranks"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     table.add_column("initialisation", overflow="fold")
     for heading in ("sparsity", "before", "", "after", "", "pruning"):

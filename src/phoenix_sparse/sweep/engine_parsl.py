@@ -41,6 +41,7 @@ def parsl_config(settings: EngineSettings, directory: Path, retries: int) -> Any
             "engine: Parsl is not installed; `pip install 'phoenix-sparse[sweep]'`, or set engine.kind=inline"
         ) from error
     local = settings.provider.kind == "local"
+    directory = directory.resolve()  # a batch system's job begins in another directory
     # As modules: Parsl's scripts lie wherever an installation put them, on no path or beside another interpreter.
     package = "parsl.executors.high_throughput"
     pool = shlex.join([sys.executable, "-m", f"{package}.process_worker_pool"])

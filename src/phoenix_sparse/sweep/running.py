@@ -28,7 +28,14 @@ FREE = ("engine", "retries", "share", "keep")
 Tell = Callable[[Standing, int, int], None]  # (the cell that ended, how many have, of how many)
 
 
-def run_sweep(sweep: Sweep, out: Path, *, resume: bool, tell: Tell | None = None) -> list[Standing]:
+def run_sweep(
+    sweep: Sweep,
+    out: Path,
+    *,
+    resume: bool,
+    tell: Tell | None = None,
+    begin: Callable[[int], None] | None = None,
+) -> list[Standing]:
     """Run all cells that aren't done.
 
     Runs that fail don't stop the others. SIGTERM and Ctrl-C end the runs at a checkpoint that `resume` goes on from.
@@ -38,6 +45,7 @@ def run_sweep(sweep: Sweep, out: Path, *, resume: bool, tell: Tell | None = None
         out: the sweep's directory.
         resume: go on with a sweep that lies there; failed cells are tried again.
         tell: called when a cell has ended.
+        begin: called with the number of cells to run, before the engine starts.
 
     Returns:
         Where every cell stands.
@@ -67,6 +75,8 @@ def run_sweep(sweep: Sweep, out: Path, *, resume: bool, tell: Tell | None = None
             for name in todo
         ]
         count = 0
+        if begin is not None and jobs:
+            begin(len(jobs))
 
         def ended(name: str, _code: int) -> None:
             nonlocal count

@@ -1,10 +1,15 @@
-"""What the task.yaml of a user's folder may say: a part of lm-eval's keys, none of which runs or fetches code."""
+"""What the task.yaml of a user's folder may say: a part of lm-eval's keys, none of which runs or fetches code.
+
+One default is not lm-eval's: where a generated answer has no filter, the blanks around it are removed before it is
+compared. Completions begin with the delimiter, and with tokenizers that keep blanks (all but SentencePiece's) every
+right answer would count as wrong.
+"""
 
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.settings import Settings
@@ -65,6 +70,11 @@ class Generation(Settings):
     temperature: Literal[0] = 0
 
 
+PLAIN_ANSWER = FilterList(
+    name="none", filter=[Filter(function="remove_whitespace"), Filter(function="take_first")]
+)  # lm-eval's name for the filter of a task without one
+
+
 class FolderTask(Settings):
     """A task.yaml."""
 
@@ -76,7 +86,7 @@ class FolderTask(Settings):
     description: Template | None = None
     target_delimiter: str = " "
     fewshot_delimiter: str = "\n\n"
-    dataset_path: str | None = Field(default=None, pattern=r"^[\w.-]+/[\w.-]+$")
+    dataset_path: str | None = None
     dataset_name: str | None = None
     training_split: SplitName | None = None
     validation_split: SplitName | None = None
@@ -85,6 +95,16 @@ class FolderTask(Settings):
     filter_list: list[FilterList] | None = Field(default=None, min_length=1)
     metric_list: list[Metric] = Field(min_length=1)
     metadata: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("dataset_path")
+    @classmethod
+    def _is_on_the_hub(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
+            raise ValueError(
+                f"{value!r} is no data set on the hub, such as openai/gsm8k; for files of your own leave dataset_path "
+                "out and put train.jsonl and test.jsonl beside task.yaml"
+            )
+        return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> "FolderTask":
@@ -111,7 +131,10 @@ def check_folder_task(config: dict[str, Any], path: Path) -> dict[str, Any]:
         PhoenixError: a key is unknown, missing or wrong; the first such.
     """
     try:
-        return FolderTask(**config).model_dump(exclude_none=True)
+        task = FolderTask(**config)
+        if task.output_type == "generate_until" and task.filter_list is None:
+            task = task.model_copy(update={"filter_list": [PLAIN_ANSWER]})
+        return task.model_dump(exclude_none=True)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function-", "list[")))

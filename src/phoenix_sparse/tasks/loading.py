@@ -18,6 +18,7 @@ from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import sha256
 from phoenix_sparse.jsonl import read_jsonl
 from phoenix_sparse.tasks.definition import Definition, harness_config, load_definition
+from phoenix_sparse.tasks.right_answers import CHECKED, check_right_answers
 from phoenix_sparse.tasks.settings import TaskSettings
 from phoenix_sparse.tasks.splits import Row, carve, hold_out, question_key, sample, without
 
@@ -124,6 +125,9 @@ def load_task(settings: TaskSettings, *, seed: int) -> Task:
         raise PhoenixError(f"task.num_fewshot={settings.num_fewshot} is more than the {len(train)} training examples")
     rows = {"train": train, "validation": validation, "test": test}
     harness = _harness_task(definition, {"train": train, "test": test}, "test")
+    if definition.folder is not None:
+        some = {"train": train[:1], "test": test[:CHECKED]}
+        check_right_answers(_harness_task(definition, some, "test"), definition)
     return Task(
         name=definition.name,
         metric=definition.metric,
