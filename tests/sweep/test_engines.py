@@ -14,7 +14,7 @@ import pytest
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.sweep import launching
 from phoenix_sparse.sweep.engine_inline import run_inline
-from phoenix_sparse.sweep.engine_parsl import make_provider, parsl_config, run_parsl
+from phoenix_sparse.sweep.engine_parsl import Charge, make_provider, parsl_config, run_parsl
 from phoenix_sparse.sweep.launching import Job, Stop, environment, run_cell
 from phoenix_sparse.sweep.places import Places, attempts, is_alive, note, reason
 from phoenix_sparse.sweep.settings import EngineSettings
@@ -141,6 +141,33 @@ def test_a_record_with_a_torn_end_is_read(tmp_path):
         stream.write('{"event": "ended", "ex')
     (only,) = attempts(tmp_path)
     assert "exit" not in only
+
+
+def test_a_lost_worker_costs_a_retry_only_where_the_run_got_no_further(tmp_path):
+    errors = pytest.importorskip("parsl.executors.high_throughput.errors")
+    places, lost = Places(tmp_path), errors.WorkerLost(0, "node")
+    charge, task = Charge(places), {"args": (job(tmp_path, "one"),)}
+    run = places.run("one")
+    assert charge(lost, task) == 1  # it hasn't begun
+
+    def stages(**found: str) -> None:
+        run.mkdir(parents=True, exist_ok=True)
+        record = {"inputs": {}, "stages": {name: {"status": status} for name, status in found.items()}}
+        (run / "manifest.json").write_text(json.dumps(record))
+
+    stages(prune="done", tune="running")
+    assert charge(lost, task) == 0
+    assert charge(lost, task) == 1
+    (run / "work" / "tune" / "checkpoint-90").mkdir(parents=True)
+    assert charge(errors.ManagerLost(b"block", "node"), task) == 0
+    (run / "work" / "tune" / "checkpoint-100").mkdir()
+    assert charge(lost, task) == 0
+    assert charge(RuntimeError("an error of the cell's own"), task) == 1
+    assert charge(lost, {"args": (job(tmp_path, "another"),)}) == 1
+    (run / "manifest.json").write_text("torn")
+    assert charge(lost, task) == 1
+    stages(prune="done", tune="done")
+    assert charge(lost, task) == 0
 
 
 def test_parsl_is_configured_for_this_machine(tmp_path, monkeypatch):

@@ -14,11 +14,34 @@ from phoenix_sparse.sweep.engine_inline import Ended
 from phoenix_sparse.sweep.launching import GRACE, Job, Stop, end, run_cell
 from phoenix_sparse.sweep.places import Places, attempts, is_alive, note, running
 from phoenix_sparse.sweep.settings import EngineSettings, PbsSettings, SlurmSettings
+from phoenix_sparse.sweep.status import reached
 
 LABEL = "phoenix"
 
 
-def parsl_config(settings: EngineSettings, directory: Path, retries: int) -> Any:
+class Charge:
+    """What it costs a cell of its retries that its worker is lost: nothing if its run got further than before.
+
+    A job's end by walltime is such a loss; a run may need many jobs, but one that gets nowhere is given up.
+    """
+
+    def __init__(self, places: Places) -> None:
+        self.places = places
+        self.reached: dict[str, tuple[int, int]] = {}
+
+    def __call__(self, error: Exception, task: Any) -> float:
+        """Parsl's `retry_handler`, of an error and the record of a task whose first argument is the job."""
+        from parsl.executors.high_throughput.errors import ManagerLost, WorkerLost
+
+        if not isinstance(error, ManagerLost | WorkerLost):
+            return 1.0
+        name = task["args"][0].name
+        now, before = reached(self.places.run(name)), self.reached.get(name, (0, 0))
+        self.reached[name] = max(now, before)
+        return 0.0 if now > before else 1.0
+
+
+def parsl_config(settings: EngineSettings, directory: Path, retries: int, charge: Charge | None = None) -> Any:
     """Parsl's configuration for a sweep.
 
     One worker is one run at a time. Workers take turns on the GPUs named; the runs' own processes hold the memory and
@@ -28,6 +51,7 @@ def parsl_config(settings: EngineSettings, directory: Path, retries: int) -> Any
         settings: of the sweep.
         directory: for Parsl's own logs.
         retries: how often a cell is given to another worker when its worker is lost.
+        charge: which losses count; all unless given.
 
     Raises:
         PhoenixError: Parsl isn't installed.
@@ -62,6 +86,7 @@ def parsl_config(settings: EngineSettings, directory: Path, retries: int) -> Any
         executors=[executor],
         run_dir=str(directory),
         retries=retries,
+        retry_handler=charge,
         strategy="none" if local else "simple",
         usage_tracking=0,
         initialize_logging=False,
@@ -115,7 +140,7 @@ def run_parsl(jobs: Sequence[Job], settings: EngineSettings, places: Places, sto
         PhoenixError: Parsl isn't installed, or can't start workers.
     """
     retries = jobs[0].retries if jobs else 0
-    config = parsl_config(settings, places.out / "parsl", retries)
+    config = parsl_config(settings, places.out / "parsl", retries, Charge(places))
     from parsl import DataFlowKernel, python_app
 
     places.stop.unlink(missing_ok=True)

@@ -1,5 +1,7 @@
 """Where the cells of a sweep stand, from the files beside them alone: nothing is asked of an engine."""
 
+import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -74,6 +76,14 @@ def read_stages(run: Path) -> tuple[dict[str, Any], str | None]:
     except (KeyError, TypeError, AttributeError):
         what = f"{path} is no run's manifest"
     return {}, f"{what}; delete {run}, then `phx sweep resume` begins this run anew"
+
+
+def reached(run: Path) -> tuple[int, int]:
+    """How far a run is: the stages that are done, and the step of the newest checkpoint that a training left."""
+    stages, _ = read_stages(run)
+    folders = [name for _, names, _ in os.walk(run) for name in names]  # which doesn't mind what vanishes meanwhile
+    steps = [int(found[1]) for name in folders if (found := re.fullmatch(r"checkpoint-(\d+)", name))]
+    return sum(one.get("status") == "done" for one in stages.values()), max(steps, default=0)
 
 
 def damaged_result(run: Path) -> str | None:
