@@ -62,6 +62,10 @@ BAD = {
         "prune {b}/run --importance magnitude",
         "run has no config.json; its model is {b}/run/sparse",
     ),
+    "a search of nothing": (
+        "prune {model} --task {task} evolution.budget=5",
+        "prune: evolution: it is for allocation=evolutionary, and this one is uniform; set that, or leave",
+    ),
     "no tokenizer": (
         "prune {b}/wordless --task {task}",
         "the tokenizer can't be loaded (none of its files is there); put that of the model which this came from there",
@@ -437,6 +441,7 @@ def test_a_bad_recipe_or_override_makes_no_run(phx, tmp_path, monkeypatch, model
             (["none.yaml"], "none.yaml can't be read (FileNotFoundError); give a YAML file"),
             (["good.yaml", "sparsify.sparsity=1"], "good.yaml: sparsify.sparsity=1 should be less than 1"),
             (["good.yaml", "finetune.epoch=1"], "did you mean finetune.epochs?"),
+            (["good.yaml", "sparsify.evolution.budget=5"], "sparsify.evolution: it is for allocation=evolutionary"),
             (["good.yaml", "nonsense"], "'nonsense' is not key=value"),
             (["good.yaml", "model=./nowhere"], "./nowhere is not a directory"),
         ):

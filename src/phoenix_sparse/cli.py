@@ -72,6 +72,7 @@ def run(
     if resume and overwrite:
         raise PhoenixError("run: --resume goes on with a run and --overwrite removes it; give one of them")
     checked = load_recipe(recipe, overrides or ())
+    checked.sparsify.require_searched("sparsify.")
     try:
         with showing() as show:
             directory = pipeline.run(
@@ -95,6 +96,7 @@ def plan(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from phoenix_sparse.report import plan_table
 
     checked = load_recipe(recipe, overrides or ())
+    checked.sparsify.require_searched("sparsify.")
     with showing():
         figures = estimate(checked, *prepare(checked))
     OUT.print(dump_recipe(checked), markup=False)

@@ -138,6 +138,7 @@ def prepare_all(recipe: Recipe) -> tuple[Path, Task, list[Task]]:
             f"finetune.evolve: single weights change places, which would break sparsify.pattern="
             f"{recipe.sparsify.pattern}; use unstructured, or leave evolve out"
         )
+    steps.require_trainable(model, task, recipe.finetune)
     for one in (task, *also):
         steps.require_room(
             model, one, recipe.evaluate.perplexity, recipe.evaluate.split if one in also else "validation"

@@ -13,7 +13,7 @@ from phoenix_sparse.files import write_json
 from phoenix_sparse.finetuning.sections import DistillSettings
 from phoenix_sparse.finetuning.settings import FinetuneSettings, SearchSettings
 from phoenix_sparse.masks import Masks, require_pruned, save_mask
-from phoenix_sparse.models import empty_model, find_model, load_config, prunable_linears
+from phoenix_sparse.models import empty_model, find_model, load_config, load_tokenizer, prunable_linears
 from phoenix_sparse.steps.machine import Machine, longest
 from phoenix_sparse.tasks import Task
 
@@ -149,6 +149,23 @@ def require_targets(source: Path, settings: FinetuneSettings) -> None:
     targets = target_linears(empty_model(load_config(source)), settings.targets)
     if settings.method != "full":
         spaces(targets, settings.ranks)
+
+
+def require_trainable(source: Path, task: Task, settings: FinetuneSettings) -> None:
+    """Refuse a training without an example, or one too short for its mask to change, before the pruning.
+
+    Raises:
+        PhoenixError: as the training would raise it.
+    """
+    from phoenix_sparse.finetuning.batching import count_steps
+    from phoenix_sparse.finetuning.evolve import require_change
+    from phoenix_sparse.finetuning.examples import require_rows, tokenize
+
+    room, tokenizer = min(settings.max_length, longest(source)), load_tokenizer(source)
+    # The first that fits is enough, and no large set has to be tokenized twice.
+    require_rows(any(tokenize([example], tokenizer, room) for example in task.train))
+    if settings.evolve is not None:  # with the most steps that there can be: each example that doesn't fit makes fewer
+        require_change(settings.evolve, count_steps(len(task.train), settings))
 
 
 def require_alike(teacher: Any, student: Any, settings: DistillSettings, where: str) -> None:
