@@ -179,7 +179,14 @@ BAD = {
     "no such device": ("prune {model} --task {task} --device tpu", "device='tpu' should be 'auto', 'cpu' or 'cuda'"),
     "nothing to evaluate on": (
         "eval {model} --task {task} --limit 0",
-        "--limit is 0; it should be 1 or more",
+        "--limit should be greater than or equal to 1",
+    ),
+    "a limit of no task": ("eval {model} --text {b}/file --limit 5", "--limit is for --task, which isn't given"),
+    "a window of no text": ("eval {model} --task {task} --context-length 64", "--context-length is for --text"),
+    "tokens of no text": ("eval {model} --task {task} --max-tokens 64", "--max-tokens is for --text"),
+    "too long a window beside a task": (
+        "eval {model} --task {task} --text {b}/file --context-length 9999",
+        "context_length is 9999; it must be between 2 and the model's 256",
     ),
     "no tokens": ("flops {model} --prompt-length 0", "prompt_length=0 should be greater than or equal to 1"),
     "too short a text": (

@@ -210,6 +210,7 @@ def search(
     from phoenix_sparse.finetuning import adapter as adapters
     from phoenix_sparse.finetuning import full
     from phoenix_sparse.finetuning import search as searching
+    from phoenix_sparse.finetuning.elastic import is_fixed, spaces
     from phoenix_sparse.finetuning.examples import PadRight, tokenize
     from phoenix_sparse.finetuning.memory import AtOnce
     from phoenix_sparse.finetuning.stopping import validation_loss
@@ -225,6 +226,8 @@ def search(
     else:
         model = adapters.load_adapter(base, adapter, masks)
         layers = list(adapters.elastic_layers(model))
+    if settings.nsga2 and (whole or is_fixed(spaces(layers, adapters.adapter_space(adapter)))):
+        raise PhoenixError(f"search.nsga2: {adapter} has one rank or none, so nothing is searched; set nsga2=0")
 
     @contextmanager
     def computing(ranks: searching.Ranks) -> Iterator[None]:
