@@ -62,6 +62,10 @@ BAD = {
         "prune {b}/run --importance magnitude",
         "run has no config.json; its model is {b}/run/sparse",
     ),
+    "a search of nothing": (
+        "prune {model} --task {task} evolution.budget=5",
+        "prune: evolution: it is for allocation=evolutionary, and this one is uniform; set that, or leave",
+    ),
     "no tokenizer": (
         "prune {b}/wordless --task {task}",
         "the tokenizer can't be loaded (none of its files is there); put that of the model which this came from there",
@@ -175,7 +179,14 @@ BAD = {
     "no such device": ("prune {model} --task {task} --device tpu", "device='tpu' should be 'auto', 'cpu' or 'cuda'"),
     "nothing to evaluate on": (
         "eval {model} --task {task} --limit 0",
-        "--limit is 0; it should be 1 or more",
+        "--limit should be greater than or equal to 1",
+    ),
+    "a limit of no task": ("eval {model} --text {b}/file --limit 5", "--limit is for --task, which isn't given"),
+    "a window of no text": ("eval {model} --task {task} --context-length 64", "--context-length is for --text"),
+    "tokens of no text": ("eval {model} --task {task} --max-tokens 64", "--max-tokens is for --text"),
+    "too long a window beside a task": (
+        "eval {model} --task {task} --text {b}/file --context-length 9999",
+        "context_length is 9999; it must be between 2 and the model's 256",
     ),
     "no tokens": ("flops {model} --prompt-length 0", "prompt_length=0 should be greater than or equal to 1"),
     "too short a text": (
@@ -437,6 +448,7 @@ def test_a_bad_recipe_or_override_makes_no_run(phx, tmp_path, monkeypatch, model
             (["none.yaml"], "none.yaml can't be read (FileNotFoundError); give a YAML file"),
             (["good.yaml", "sparsify.sparsity=1"], "good.yaml: sparsify.sparsity=1 should be less than 1"),
             (["good.yaml", "finetune.epoch=1"], "did you mean finetune.epochs?"),
+            (["good.yaml", "sparsify.evolution.budget=5"], "sparsify.evolution: it is for allocation=evolutionary"),
             (["good.yaml", "nonsense"], "'nonsense' is not key=value"),
             (["good.yaml", "model=./nowhere"], "./nowhere is not a directory"),
         ):

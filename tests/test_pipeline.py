@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from phoenix_sparse import pipeline
+from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import read_json, sha256
 from phoenix_sparse.jsonl import read_jsonl
 from phoenix_sparse.masks import load_mask, masks_sha256
@@ -269,3 +271,17 @@ def test_a_finished_run_is_kept_and_a_tampered_one_mended(calm, recipe_file):
     pipeline.run(recipe, calm, resume=True, announce=lambda *words: heard.append(words))
     assert [stage for stage, state in heard if state == "started"] == ["flops", "report"]
     assert sha256(calm / "flops.json") == before["flops.json"]
+
+
+def test_examples_that_all_are_too_long_are_told_before_the_pruning(tmp_path, model_directory, task_directory):
+    """One that fits is enough; what is left out beside it is counted in tune.json."""
+    task = tmp_path / "sums"
+    shutil.copytree(task_directory, task)
+    rows = [{"question": f"{number}+1", "answer": "one more than that " + str(number)} for number in range(20)]
+    (task / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    recipe = small(model_directory, task, "finetune.max_length=8")
+    with pytest.raises(PhoenixError, match=r"no training example fits finetune.max_length"):
+        pipeline.prepare(recipe)
+    with (task / "train.jsonl").open("a") as file:
+        file.write(json.dumps({"question": "1+5", "answer": "6"}) + "\n")
+    pipeline.prepare(recipe)

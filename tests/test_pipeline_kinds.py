@@ -4,9 +4,10 @@ import shutil
 
 import pytest
 
-from phoenix_sparse import pipeline
+from phoenix_sparse import pipeline, steps
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import read_json, sha256
+from phoenix_sparse.finetuning.settings import SearchSettings
 from phoenix_sparse.masks import load_mask
 from phoenix_sparse.models import save_model
 from phoenix_sparse.recipe import Recipe, check, override
@@ -120,6 +121,18 @@ def test_trained_weights_go_all_the_way(tmp_path, model_directory, task_director
     assert read_json(out / "baselines/dense_lora/tune.json")["method"] == "lora"
     assert read_json(out / "flops.json")["decode"]["total"]["reduction"] > 1.2
     assert (out / "report.html").is_file()
+    with pytest.raises(PhoenixError, match=r"search.nsga2: .*super has one rank or none, so nothing is searched"):
+        steps.search(
+            out / "sparse",
+            load_mask(out / "masks.safetensors")[0],
+            pipeline.open_task(recipe.task, seed=0),
+            out / "adapter/super",
+            SearchSettings(nsga2=2),
+            recipe.evaluate,
+            tmp_path / "again",
+            steps.Machine("auto", "cpu", 0),
+            work=tmp_path / "work",
+        )
 
 
 def test_the_same_recipe_gives_the_same_model_and_another_seed_another(tmp_path, model_directory, task_directory):

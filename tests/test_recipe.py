@@ -65,6 +65,12 @@ def refusal(action) -> str:
         ("finetune.ranks=8", "finetune.ranks=8: needs one or more different whole numbers"),
         ("finetune.ranks=[many]", "finetune.ranks=['many']: needs one or more different"),
         ("evaluate.baselines=[dens]", "evaluate.baselines.0='dens' should be 'dense', 'pruned' or 'dense_lora'"),
+        ("evaluate.baselines=[dense, pruned, dense]", "dense stands twice; give each baseline once"),
+        # what would do nothing
+        ("search.population=4", "search.population: it is a setting of nsga2, which evaluates nothing; set nsga2"),
+        ("search={hill_climb: 0, pool: 2}", "search.pool: it is a setting of hill_climb, which evaluates nothing"),
+        ("search={hill_climb: 0, neighbours: 2}", "search.neighbours: it is a setting of hill_climb"),
+        ("finetune.distill={logits: 0, hidden: 1, temperature: 2}", "finetune.distill.temperature: it divides logits"),
         ("task.holdout=1", "task.holdout=1 should be less than 1"),
         ("task.data=5", "task.data=5 should be a path"),
         ("task=''", "task.name='': the task has no name; give a built-in task or a folder"),
@@ -100,6 +106,21 @@ def test_a_refusal_names_the_field_and_what_would_be_right(tmp_path, change, wor
     message = refusal(lambda: load_recipe(path, [change]))
     assert words in message
     assert len(message) < 300 + len(str(path))
+
+
+@pytest.mark.parametrize(
+    ("finetune", "words"),
+    [
+        ({"ranks": [8]}, "search.nsga2: finetune.ranks gives one rank, so there is one candidate"),
+        ({"ranks": {"q_proj": [8], "*": [4]}}, "search.nsga2: finetune.ranks gives one rank"),
+        ({"method": "full"}, "search.nsga2: method: full has no ranks"),
+    ],
+)
+def test_evaluations_of_nsga2_need_ranks_to_search(finetune, words):
+    values = LEAST | {"finetune": finetune}
+    assert words in refusal(lambda: check(Recipe, values | {"search": {"nsga2": 4}}, "test"))
+    check(Recipe, values, "test")  # hill climbing, which is on unless turned off, passes over it
+    check(Recipe, values | {"search": {"nsga2": 4}, "finetune": {"ranks": {"q_proj": [8], "*": [4, 2]}}}, "test")
 
 
 def test_what_does_not_fit_is_told_all_at_once():

@@ -11,9 +11,11 @@ from phoenix_sparse.commands import (
     USAGE,
     Model,
     SeveralValues,
+    checked_recipe,
     named_task,
     refuse_empty,
     refuse_existing,
+    refuse_idle,
     refuse_run,
     require_task,
     require_writable_file,
@@ -38,9 +40,7 @@ Overrides = Annotated[
 ]
 Section = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings of this step")]
 Out = Annotated[Path, typer.Option(help="the directory to write to", show_default=False)]
-PrunedModel = Annotated[
-    str, typer.Argument(help="the pruned model: a directory, a hub name, or demo", show_default=False)
-]
+PrunedModel = Annotated[str, typer.Argument(help="the pruned model: a directory or a hub name", show_default=False)]
 TaskName = Annotated[
     str, typer.Option("--task", help="a built-in task, or a folder with task.yaml", show_default=False)
 ]
@@ -66,12 +66,11 @@ def run(
     """Do a whole recipe: prune, fine-tune, search, merge, evaluate, report."""
     from phoenix_sparse import pipeline
     from phoenix_sparse.console import OUT, showing
-    from phoenix_sparse.recipe import load_recipe
     from phoenix_sparse.report import summary_table
 
     if resume and overwrite:
         raise PhoenixError("run: --resume goes on with a run and --overwrite removes it; give one of them")
-    checked = load_recipe(recipe, overrides or ())
+    checked = checked_recipe(recipe, overrides)
     try:
         with showing() as show:
             directory = pipeline.run(
@@ -91,10 +90,10 @@ def plan(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from phoenix_sparse.console import OUT, showing
     from phoenix_sparse.pipeline import prepare
     from phoenix_sparse.plan import estimate
-    from phoenix_sparse.recipe import dump_recipe, load_recipe
+    from phoenix_sparse.recipe import dump_recipe
     from phoenix_sparse.report import plan_table
 
-    checked = load_recipe(recipe, overrides or ())
+    checked = checked_recipe(recipe, overrides)
     with showing():
         figures = estimate(checked, *prepare(checked))
     OUT.print(dump_recipe(checked), markup=False)
@@ -294,9 +293,9 @@ def evaluate(
     out: Out,
     task: Annotated[str | None, typer.Option(help="a built-in task or a folder with task.yaml: accuracy")] = None,
     data: Data = None,
-    limit: Annotated[int | None, typer.Option(help="evaluate on the first examples only")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="evaluate on the first examples only")] = None,
     text: Annotated[Path | None, typer.Option(help="a text file (UTF-8): perplexity")] = None,
-    context_length: Annotated[int, typer.Option(help="tokens in a window of the text")] = 512,
+    context_length: Annotated[int | None, typer.Option(help="tokens in a window of the text; else 512")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="read no more of the text than this")] = None,
     batch_size: BatchSize = 32,
     seed: Seed = 0,
@@ -314,9 +313,10 @@ def evaluate(
         raise PhoenixError("eval: nothing to evaluate on; give --task, or --text, or both")
     require_task(task, data)
     refuse_run(out)
-    if limit is not None and limit < 1:
-        raise PhoenixError(f"eval: --limit is {limit}; it should be 1 or more")
-    window = {"text": text, "context_length": context_length, "max_tokens": max_tokens} if text else None
+    refuse_idle("eval", "--task", task, {"limit": limit})
+    refuse_idle("eval", "--text", text, {"context_length": context_length, "max_tokens": max_tokens})
+    length = 512 if context_length is None else context_length
+    window = {"text": text, "context_length": length, "max_tokens": max_tokens} if text else None
     settings = check(EvaluateSettings, {"batch_size": batch_size, "perplexity": window}, "eval")
     with set_up(dtype, device, seed, out) as machine:
         examples = named_task(task, data, seed, max_test=limit) if task else None
@@ -326,9 +326,9 @@ def evaluate(
         error = "" if score["stderr"] is None else f" ± {score['stderr']:.4f}"
         say(f"{score['metric']} {score['accuracy']:.4f}{error} on {score['examples']} examples: {out / 'eval.json'}")
     if text:
-        read = read_json(out / "perplexity.json")
+        found = read_json(out / "perplexity.json")
         say(
-            f"perplexity {read['perplexity']:.3f} at context {read['context_length']} over {read['tokens']} tokens: "
+            f"perplexity {found['perplexity']:.3f} at context {found['context_length']} over {found['tokens']} tokens: "
             f"{out / 'perplexity.json'}"
         )
 

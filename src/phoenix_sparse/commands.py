@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,6 +57,22 @@ def named_task(name: str, data: Path | None, seed: int, **more: Any) -> Any:
     from phoenix_sparse.tasks import TaskSettings
 
     return open_task(check(TaskSettings, {"name": name, "data": data} | more, "task"), seed=seed)
+
+
+def checked_recipe(path: Path, overrides: Iterable[str] | None) -> Any:
+    """Read the recipe of one run, in which no setting may be for a search that another run would do."""
+    from phoenix_sparse.recipe import load_recipe
+
+    recipe = load_recipe(path, overrides or ())
+    recipe.sparsify.require_searched("sparsify.")
+    return recipe
+
+
+def refuse_idle(command: str, of: str, given: Any, options: Mapping[str, Any]) -> None:
+    """Refuse options that are for another one where that isn't given."""
+    idle = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+    if given is None and idle:
+        raise PhoenixError(f"{command}: {idle[0]} is for {of}, which isn't given; give it too, or leave {idle[0]} out")
 
 
 def require_task(name: str | None, data: Path | None) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,12 @@ def compute_sparsity_stats(masks: Masks | Tensor) -> dict[str, Any]:
     Returns:
         `sparsity`, `nnz` and `weights` of all layers together; `layers` (also `per_layer`): shape, nnz and sparsity by
         layer name; `global`: the sparsity, and how the layers' sparsities spread (mean, standard deviation, extremes).
+
+    Raises:
+        PhoenixError: it is neither.
     """
     masks = {"mask": masks} if isinstance(masks, Tensor) else masks
+    _require_set(masks)
     layers: dict[str, dict[str, Any]] = {}
     for name, mask in masks.items():
         nnz = int(mask.count_nonzero())
@@ -160,7 +165,13 @@ def validate_mask(
 
     Returns:
         The verdict and the statistics, with `dead_layers`, and with the reason as `error` where the verdict is no.
+
+    Raises:
+        PhoenixError: these are no masks, or the sparsity or the tolerance is no number.
     """
+    for name, value in (("expected_sparsity", expected_sparsity), ("tolerance", tolerance)):
+        if value is not None and not isinstance(value, Real):
+            raise PhoenixError(f"{name}: {value!r} is no number; 0.7 is a sparsity of 70%")
     masks = {"mask": masks} if isinstance(masks, Tensor) else masks
     stats = compute_sparsity_stats(masks)
     stats["dead_layers"] = [name for name, layer in stats["layers"].items() if layer["nnz"] == 0]
@@ -176,12 +187,21 @@ def validate_mask(
 
 
 def plot_sparsity_histogram(masks: Masks, save_path: Path | str) -> None:
-    """Draw the sparsity of every layer (bars, in model order) and how layers spread over it (histogram)."""
+    """Draw the sparsity of every layer (bars, in model order) and how layers spread over it (histogram).
+
+    The suffix of the path says the format, PNG where it has none.
+
+    Raises:
+        PhoenixError: these are no masks, or nothing is drawn in that format.
+    """
     from matplotlib.figure import Figure
 
     layers = compute_sparsity_stats(masks)["layers"]
     values = [layer["sparsity"] for layer in layers.values()]
     figure = Figure(figsize=(max(7.0, 0.11 * len(values)), 6.0), layout="constrained")
+    kind, known = Path(save_path).suffix.lstrip(".") or "png", figure.canvas.get_supported_filetypes()
+    if kind.lower() not in known:
+        raise PhoenixError(f"{save_path}: no plot is drawn as {kind}; give a path that ends in .png, .svg or .pdf")
     bars, spread = figure.subplots(2, 1)
     bars.bar(range(len(values)), values, color="0.35")
     bars.set(xlabel="layer, in model order", ylabel="sparsity (share of zeros)", ylim=(0, 1))
@@ -189,7 +209,7 @@ def plot_sparsity_histogram(masks: Masks, save_path: Path | str) -> None:
     spread.hist(values, bins=21, range=(-0.025, 1.025), color="0.35", rwidth=0.9)
     spread.set(xlabel="sparsity (share of zeros)", ylabel="layers")
     with atomic_path(Path(save_path)) as temporary:
-        figure.savefig(temporary, format=Path(save_path).suffix.lstrip(".") or "png", dpi=120)
+        figure.savefig(temporary, format=kind, dpi=120)
 
 
 def check_fit(masks: Masks, layers: Mapping[str, nn.Linear]) -> None:
@@ -198,6 +218,7 @@ def check_fit(masks: Masks, layers: Mapping[str, nn.Linear]) -> None:
     Raises:
         PhoenixError: naming the first layer that doesn't fit.
     """
+    _require_set(masks)
     for name, mask in masks.items():
         if name not in layers:
             raise PhoenixError(f"masks: {name} is no prunable linear of this model; are these another model's masks?")
@@ -269,7 +290,23 @@ def require_pruned(masks: Masks, layers: Mapping[str, nn.Linear], where: str) ->
         )
 
 
+def _require_set(masks: Any) -> None:
+    """Refuse what is no mapping of tensors, in the place of masks."""
+    if isinstance(masks, tuple):
+        raise PhoenixError(
+            "masks: a tuple was given; of what load_mask gives take the first: masks, facts = load_mask(…)"
+        )
+    if not isinstance(masks, Mapping):
+        raise PhoenixError(
+            f"masks: {type(masks).__name__} given; give boolean tensors by layer name, as load_mask reads them"
+        )
+    wrong = next((name for name, mask in masks.items() if not isinstance(mask, Tensor)), None)
+    if wrong is not None:
+        raise PhoenixError(f"masks: {wrong} is {type(masks[wrong]).__name__}; give a boolean tensor")
+
+
 def _check_masks(masks: Masks) -> None:
+    _require_set(masks)
     for name, mask in masks.items():
         if mask.dtype != torch.bool:
             raise PhoenixError(f"masks: {name} is {mask.dtype}, not boolean")

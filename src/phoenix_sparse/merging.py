@@ -1,6 +1,7 @@
 """Step 3: merge the adapter into the weights, and certify what came out."""
 
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,10 @@ def validate_sparsity_preserved(model: Any, masks: Masks, tolerance: float = 0.0
         by layer (`per_layer`), and `all_valid`, `total_violations`, `violation_rate` and `sparsity` (`global`).
 
     Raises:
-        PhoenixError: a mask that fits no layer, or a layer without a mask.
+        PhoenixError: a mask that fits no layer, a layer without a mask, or a tolerance that is no number from 0 up.
     """
+    if not isinstance(tolerance, Real) or not tolerance >= 0:  # with NaN every weight would count as zero
+        raise PhoenixError(f"tolerance: {tolerance!r} given; it should be a number from 0 up")
     layers: dict[str, dict[str, Any]] = {}
     weights = masked = violations = zeros = 0
     for name, weight in adapted_weights(model, masks):

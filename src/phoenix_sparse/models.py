@@ -109,12 +109,15 @@ def load_model(directory: Path, dtype: Dtype = "auto", device: Device = "auto") 
     gradients of training: it becomes bfloat16 on a GPU and float32 on a CPU.
 
     Raises:
-        PhoenixError: a file is damaged, weights are missing or of the wrong shape, or a weight is not finite.
+        PhoenixError: there is no such directory, a file is damaged, weights are missing or of the wrong shape, or a
+            weight is not finite.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     directory, place = Path(directory), find_device(device)
+    if not directory.is_dir():  # which transformers would look for on the hub
+        raise PhoenixError(f"model: {directory} is not a directory; give a Hugging Face model directory")
     config = load_config(directory)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -228,6 +231,10 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         PhoenixError: the model has no list of blocks as long as its configuration says.
     """
+    if not isinstance(model, nn.Module):
+        raise PhoenixError(
+            f"{type(model).__name__} given in the place of a model; give one that load_model or transformers has loaded"
+        )
     count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:

@@ -24,7 +24,7 @@ BYTES_A_TOKEN = 64  # more than tokens have, in any text of length
 
 def run(
     recipe: Recipe,
-    out: Path | None = None,
+    out: Path | str | None = None,
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -49,12 +49,16 @@ def run(
     Raises:
         PhoenixError: for everything that is wrong with the input.
     """
+    if not isinstance(recipe, Recipe):
+        raise PhoenixError(
+            f"run: {type(recipe).__name__} given; give a recipe, such as load_recipe('recipes/demo.yaml')"
+        )
     model, task, also = prepare_all(recipe)
     texts = _texts(recipe)
     machine = Machine(recipe.dtype, recipe.device, recipe.seed, progress)
     with open_run(
         recipe,
-        out or Path("runs") / recipe.name,
+        Path(out or Path("runs") / recipe.name),
         resume=resume,
         overwrite=overwrite,
         announce=announce,
@@ -138,6 +142,7 @@ def prepare_all(recipe: Recipe) -> tuple[Path, Task, list[Task]]:
             f"finetune.evolve: single weights change places, which would break sparsify.pattern="
             f"{recipe.sparsify.pattern}; use unstructured, or leave evolve out"
         )
+    steps.require_trainable(model, task, recipe.finetune)
     for one in (task, *also):
         steps.require_room(
             model, one, recipe.evaluate.perplexity, recipe.evaluate.split if one in also else "validation"

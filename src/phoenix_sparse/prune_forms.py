@@ -72,6 +72,7 @@ class Given:
 def prune_model(given: Given) -> None:
     """Step 1 of a run: masks, allocation, plot and pruned model."""
     (chosen,), out = given.check(), given.out
+    chosen.require_searched("prune: ")
     given.require_text(chosen)
     refuse_existing(out / "masks.safetensors")
     with set_up(given.dtype, given.device, given.seed, out) as machine:

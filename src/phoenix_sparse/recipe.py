@@ -4,10 +4,10 @@ import copy
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.evaluation.settings import EvaluateSettings
@@ -35,6 +35,14 @@ class Recipe(Settings):
     finetune: FinetuneSettings = FinetuneSettings()
     search: SearchSettings = SearchSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+
+    @model_validator(mode="after")
+    def _something_to_search(self) -> Self:
+        # Hill climbing is on by default and passes over one candidate; NSGA-II runs where somebody asks for it alone.
+        if self.search.nsga2 and not self.finetune.is_searchable:
+            one = "method: full has no ranks" if self.finetune.method == "full" else "finetune.ranks gives one rank"
+            raise ValueError(f"search.nsga2: {one}, so there is one candidate and no search; set search.nsga2=0")
+        return self
 
 
 def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:

@@ -13,7 +13,7 @@ from phoenix_sparse import pipeline
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import read_json
 from phoenix_sparse.finetuning.adapter import add_adapter, elastic_layers, load_adapter, save_adapter
-from phoenix_sparse.finetuning.evolve import exchange, moving_masks, require_unstructured, share_at
+from phoenix_sparse.finetuning.evolve import exchange, moving_masks, require_change, require_unstructured, share_at
 from phoenix_sparse.finetuning.full import train_weights, trained_linears
 from phoenix_sparse.finetuning.loop import COMPLETE
 from phoenix_sparse.finetuning.sections import EvolveSettings
@@ -242,6 +242,11 @@ def test_a_run_with_a_teacher_and_an_evolving_mask(tmp_path, model_directory, ta
     ("section", "words"),
     [
         ({"sparsify": {"pattern": "2:4"}, "finetune": {"evolve": {}}}, "which would break sparsify.pattern=2:4"),
+        (
+            {"finetune": {"evolve": {}}},
+            "evolve.every: 100 steps, and the mask stays from .* would never change",
+        ),
+        ({"finetune": {"evolve": {"every": 9, "until": 0.9}, "max_steps": 10}}, "from step 9 of 10 on"),
         ({"finetune": {"distill": {"teacher": "nowhere"}}}, "nowhere is no directory; give dense_lora"),
         (
             {"finetune": {"distill": {}, "method": "full"}},
@@ -253,3 +258,13 @@ def test_a_recipe_is_told_before_the_work(model_directory, task_directory, secti
     values = {"name": "wrong", "model": str(model_directory), "task": str(task_directory)} | section
     with pytest.raises(PhoenixError, match=words):
         pipeline.prepare(check(Recipe, values, "test"))
+
+
+@given(every=st.integers(1, 40), until=st.floats(0.01, 1), steps=st.integers(1, 40))
+def test_a_mask_that_would_never_change_is_refused(every, until, steps):
+    settings = EvolveSettings(every=every, until=until)
+    if any(share_at(settings, step, steps) for step in range(steps + 1)):
+        require_change(settings, steps)
+    else:
+        with pytest.raises(PhoenixError, match=r"finetune.evolve.every: .* it would never change; lower every"):
+            require_change(settings, steps)

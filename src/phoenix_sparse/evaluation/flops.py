@@ -6,6 +6,7 @@ norms, activations, rotary angles, biases and the softmax are left out (under 1 
 """
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -207,6 +208,11 @@ def _check_names(named: Mapping[str, Any], layers: Mapping[str, Matrix], what: s
 def _nonzeros(layers: Mapping[str, Matrix], densities: Mapping[str, float]) -> dict[str, int]:
     _check_names(densities, layers, "densities")
     for name, density in densities.items():
+        if not isinstance(density, Real):
+            raise PhoenixError(
+                f"densities: {name} has {type(density).__name__}; give the share of its weights that are not zero, "
+                "such as float(mask.float().mean())"
+            )
         if not 0 <= density <= 1:
             raise PhoenixError(f"densities: {name} has density {density}; it must be between 0 and 1")
     return {name: round(densities.get(name, 1.0) * layer.weight.numel()) for name, layer in layers.items()}

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from phoenix_sparse.settings import Settings
 from phoenix_sparse.tasks.settings import TaskSettings
@@ -42,3 +42,11 @@ class EvaluateSettings(Settings):
     context_length: int = Field(
         1024, ge=1, description="positions that a decoded token attends to in the FLOPs count, itself included"
     )
+
+    @field_validator("baselines")
+    @classmethod
+    def _each_once(cls, names: tuple[Baseline, ...]) -> tuple[Baseline, ...]:
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{twice} stands twice; give each baseline once")
+        return names

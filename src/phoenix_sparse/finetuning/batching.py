@@ -23,6 +23,13 @@ Batch = dict[str, Tensor]
 WINDOW = 50
 
 
+def count_steps(examples: int, settings: FinetuneSettings) -> int:
+    """Optimizer steps of a training on so many examples."""
+    if settings.max_steps is not None:
+        return settings.max_steps
+    return math.ceil(math.ceil(settings.epochs * examples) / settings.batch_size)
+
+
 def training_order(lengths: Sequence[int], settings: FinetuneSettings, seed: int) -> list[int]:
     """The examples' order over all epochs, each a permutation of its own; a part of an epoch is a part of one.
 

@@ -35,6 +35,20 @@ def share_at(settings: EvolveSettings, step: int, steps: int) -> float:
     return settings.fraction / 2 * (1 + math.cos(math.pi * step / end))
 
 
+def require_change(settings: EvolveSettings, steps: int) -> None:
+    """Refuse to let a mask evolve in a training that ends, or holds the mask, before the first change.
+
+    Raises:
+        PhoenixError: `every` is too large for so many steps.
+    """
+    if not share_at(settings, settings.every, steps):
+        raise PhoenixError(
+            f"finetune.evolve.every: {settings.every} steps, and the mask stays from step "
+            f"{math.ceil(settings.until * steps)} of {steps} on, so it would never change; lower every, or leave "
+            "evolve out"
+        )
+
+
 @torch.no_grad()
 def exchange(mask: Tensor, weight: Tensor, gradient: Tensor, share: float, drop: str) -> Tensor:
     """A mask with as many weights as the one before.

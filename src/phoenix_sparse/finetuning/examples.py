@@ -6,6 +6,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from phoenix_sparse.errors import PhoenixError
+
 IGNORED = -100
 
 
@@ -40,6 +42,21 @@ def tokenize(examples: Iterable[PromptAndCompletion], tokenizer: Any, max_length
             ids, labels = ids[:first] + ids[first + excess :], labels[:first] + labels[first + excess :]
         rows.append({"input_ids": ids, "labels": labels})
     return rows
+
+
+def require_rows(some: Any) -> None:
+    """Refuse to train on nothing.
+
+    Args:
+        some: what `tokenize` gave, or whether it gives anything.
+
+    Raises:
+        PhoenixError: it is empty.
+    """
+    if not some:
+        raise PhoenixError(
+            "finetune: no training example fits finetune.max_length; raise it or look at the task's data"
+        )
 
 
 def _one_end(ids: list[int], end: int) -> list[int]:

@@ -25,6 +25,8 @@ class DistillSettings(Settings):
     def _learns_from_it(self) -> Self:
         if not self.logits and not self.hidden:
             raise ValueError("logits: neither logits nor hidden has a weight; give one of them some, or leave distill")
+        if self.temperature != 1 and not self.logits:
+            raise ValueError("temperature: it divides logits, which have no weight; give logits some, or leave it out")
         return self
 
 

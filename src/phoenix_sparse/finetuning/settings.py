@@ -131,6 +131,11 @@ class FinetuneSettings(Settings):
         return self.ranks[:1]
 
     @property
+    def is_searchable(self) -> bool:
+        """Whether some layer has more than one rank, so that there are sub-adapters to choose from."""
+        return self.method != "full" and self.ranks != self.largest_ranks
+
+    @property
     def passes(self) -> int:
         """Forward and backward passes over a step's examples."""
         return 3 if self.sampling == "sandwich" else 1
@@ -163,6 +168,15 @@ class SearchSettings(Settings):
         description="neighbours drawn for each that is evaluated: those with the lowest loss on the validation "
         "examples' completions, which one forward pass tells, are",
     )
+
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> Self:
+        for name, of in (("population", "nsga2"), ("neighbours", "hill_climb"), ("pool", "hill_climb")):
+            if getattr(self, name) != type(self).model_fields[name].default and not getattr(self, of):
+                raise ValueError(
+                    f"{name}: it is a setting of {of}, which evaluates nothing; set {of}, or leave {name} out"
+                )
+        return self
 
 
 def _largest_first(ranks: Any, where: str = "") -> tuple[int, ...]:

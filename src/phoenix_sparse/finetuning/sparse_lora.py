@@ -5,6 +5,7 @@ The other two of the four functions, `merge_all_lora_weights` and `validate_spar
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from peft import PeftModel
@@ -25,7 +26,7 @@ class SparseLoRAConfig:
         r: the rank.
         alpha: s·r, so that the update is M⊙(alpha/r·BA); 32 unless given. `lora_alpha` is another name for it.
         dropout: on the input of a dense update; 0 unless given. `lora_dropout` is another name for it.
-        target_modules: last names of the linears to adapt, or "Linear" for all of the decoder blocks.
+        target_modules: last names of the linears to adapt, or "Linear" (or None) for all of the decoder blocks.
         sparsity_mode: sparse_to_sparse, with the masks in the forward pass, or sparse_to_dense, a plain LoRA on the
             sparse weights.
         initial_sparsity: what the masks' sparsity must be, to 0.01; anything unless given.
@@ -39,7 +40,7 @@ class SparseLoRAConfig:
     r: int = 16
     alpha: float | None = None
     dropout: float | None = None
-    target_modules: Sequence[str] | str = "Linear"
+    target_modules: Sequence[str] | str | None = "Linear"
     sparsity_mode: Mode = "sparse_to_sparse"
     initial_sparsity: float | None = None
     maintain_sparsity: bool | None = None
@@ -50,6 +51,17 @@ class SparseLoRAConfig:
     def __post_init__(self) -> None:
         self.alpha = self.lora_alpha = _one("alpha", self.alpha, self.lora_alpha, 32.0)
         self.dropout = self.lora_dropout = _one("dropout", self.dropout, self.lora_dropout, 0.0)
+        for name, value in (
+            ("alpha", self.alpha),
+            ("dropout", self.dropout),
+            ("initial_sparsity", self.initial_sparsity),
+        ):
+            if value is not None and not isinstance(value, Real):
+                raise PhoenixError(f"SparseLoRAConfig: {name} is {value!r}; it should be a number")
+        if self.target_modules is not None and not self.target_modules:
+            raise PhoenixError(
+                'SparseLoRAConfig: target_modules is empty; give last names of linears, or "Linear" for all'
+            )
         if type(self.r) is not int or self.r < 1:
             raise PhoenixError(f"SparseLoRAConfig: r is {self.r!r}; it should be a whole number from 1 up")
         if not self.alpha > 0:
@@ -73,6 +85,8 @@ class SparseLoRAConfig:
     @property
     def targets(self) -> tuple[str, ...] | None:
         """As `add_adapter` has them."""
+        if self.target_modules is None:
+            return None
         names = (self.target_modules,) if isinstance(self.target_modules, str) else tuple(self.target_modules)
         return None if "Linear" in names else names
 
@@ -93,6 +107,8 @@ def apply_sparse_lora(model: Any, masks: Masks, config: SparseLoRAConfig, *, see
         PhoenixError: a mask that fits no layer, a layer without a mask, a target that no linear has, or masks of
             another sparsity than `initial_sparsity`.
     """
+    if not isinstance(config, SparseLoRAConfig):
+        raise PhoenixError(f"apply_sparse_lora: config is {type(config).__name__}; give a SparseLoRAConfig")
     assert config.alpha is not None
     assert config.dropout is not None
     if config.initial_sparsity is not None:

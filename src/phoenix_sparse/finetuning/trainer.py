@@ -19,7 +19,8 @@ from phoenix_sparse.finetuning.adapter import adapter_parameters, elastic_layers
 from phoenix_sparse.finetuning.batching import Row, collator, micro_batches, require_separate, training_order
 from phoenix_sparse.finetuning.distill import Apart, Teacher
 from phoenix_sparse.finetuning.elastic import draw, largest, middle, sandwich, spaces
-from phoenix_sparse.finetuning.evolve import Evolution
+from phoenix_sparse.finetuning.evolve import Evolution, require_change
+from phoenix_sparse.finetuning.examples import require_rows
 from phoenix_sparse.finetuning.full import trained_linears
 from phoenix_sparse.finetuning.loop import COMPLETE, Evolve, MarkComplete, StepTrainer, Validate, Watch, lost
 from phoenix_sparse.finetuning.masked_linear import effective_weight
@@ -79,10 +80,7 @@ def train(
             `sharding.require_shareable` refuses, the memory is full with one example at a time,
             or the loss is no longer finite.
     """
-    if not rows:
-        raise PhoenixError(
-            "finetune: no training example fits finetune.max_length; raise it or look at the task's data"
-        )
+    require_rows(rows)
     if settings.validate_every is not None and not validation:
         raise PhoenixError("finetune.validate_every: no example to validate with; set task.validation above 0")
     if settings.distill is not None and teacher is None:
@@ -108,6 +106,7 @@ def train(
     learner = adapted.get_base_model() if adapted is not None else model
     evolution = None
     if settings.evolve is not None:
+        require_change(settings.evolve, steps)
         evolution = Evolution(learner, settings.evolve, steps, known.get("changes"))
     with writing_to(logs, trackers):
         trainer = StepTrainer(

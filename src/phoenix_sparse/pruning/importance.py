@@ -70,10 +70,16 @@ def register_importance(
         per_row: weights of one output row compete with each other, unless the recipe says otherwise.
 
     Raises:
-        PhoenixError: the name is taken.
+        PhoenixError: the name is taken or none, or what is registered can't be called.
     """
+    if not isinstance(name, str) or not name.strip():
+        raise PhoenixError(
+            'register_importance: it takes a name first: @register_importance("half_wanda", inputs=True)'
+        )
 
     def register(score: Score) -> Score:
+        if not callable(score):
+            raise PhoenixError(f"importance: {name!r} is {type(score).__name__}; register a function (weight, seen)")
         taken = _REGISTRY.get(name)
         if taken is not None and _origin(taken.score) != _origin(score):
             raise PhoenixError(f"importance: {name!r} is registered already; choose another name")

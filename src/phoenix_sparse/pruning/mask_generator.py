@@ -120,6 +120,10 @@ def compute_masks_for_state_dict(
     _check_method(method)
     if method == "structured":
         raise PhoenixError("method: structured needs the model's configuration; use compute_structured_mask(model, …)")
+    if not isinstance(state_dict, Mapping):
+        raise PhoenixError(
+            f"state_dict: {type(state_dict).__name__} given; give tensors by name (compute_unstructured_mask: a model)"
+        )
     weights = {
         name.removesuffix(".weight"): value
         for name, value in state_dict.items()

@@ -172,6 +172,20 @@ class SparsifySettings(Settings):
             raise ValueError(f"group: {self.update} compares in its own way; leave group out, or {self.update}")
         return self
 
+    def require_searched(self, where: str) -> None:
+        """Refuse settings of a search of the allocation where nothing is searched.
+
+        Not a check of the settings themselves: a sweep's base and a comparison have them for whichever run searches.
+
+        Raises:
+            PhoenixError: `evolution` was changed, and the allocation isn't evolutionary.
+        """
+        if self.allocation != "evolutionary" and self.evolution != EvolutionSettings():
+            raise PhoenixError(
+                f"{where}evolution: it is for allocation=evolutionary, and this one is {self.allocation}; set that, or "
+                "leave evolution out"
+            )
+
     @property
     def parsed_pattern(self) -> Pattern:
         return parse_pattern(self.pattern)

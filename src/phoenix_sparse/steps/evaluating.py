@@ -44,6 +44,9 @@ def evaluate(
 
     model, tokenizer = machine.open(source)
     written = []
+    if settings.perplexity is not None:  # first: a text that can't be read is told before a task that takes long
+        write_json(out / "perplexity.json", measure_perplexity(model, tokenizer, settings.perplexity))
+        written.append("perplexity.json")
     if task is not None:
         headlines = {}
         for one, suffix in [(task, ""), *((other, f"_{other.name}") for other in also)]:
@@ -65,9 +68,6 @@ def evaluate(
             mean = sum(one["accuracy"] for one in headlines.values()) / len(headlines)
             write_json(out / "eval_all.json", {"tasks": headlines, "mean_accuracy": mean})
             written.append("eval_all.json")
-    if settings.perplexity is not None:
-        write_json(out / "perplexity.json", measure_perplexity(model, tokenizer, settings.perplexity))
-        written.append("perplexity.json")
     return written
 
 

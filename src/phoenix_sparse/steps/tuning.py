@@ -13,7 +13,7 @@ from phoenix_sparse.files import write_json
 from phoenix_sparse.finetuning.sections import DistillSettings
 from phoenix_sparse.finetuning.settings import FinetuneSettings, SearchSettings
 from phoenix_sparse.masks import Masks, require_pruned, save_mask
-from phoenix_sparse.models import empty_model, find_model, load_config, prunable_linears
+from phoenix_sparse.models import empty_model, find_model, load_config, load_tokenizer, prunable_linears
 from phoenix_sparse.steps.machine import Machine, longest
 from phoenix_sparse.tasks import Task
 
@@ -151,6 +151,23 @@ def require_targets(source: Path, settings: FinetuneSettings) -> None:
         spaces(targets, settings.ranks)
 
 
+def require_trainable(source: Path, task: Task, settings: FinetuneSettings) -> None:
+    """Refuse a training without an example, or one too short for its mask to change, before the pruning.
+
+    Raises:
+        PhoenixError: as the training would raise it.
+    """
+    from phoenix_sparse.finetuning.batching import count_steps
+    from phoenix_sparse.finetuning.evolve import require_change
+    from phoenix_sparse.finetuning.examples import require_rows, tokenize
+
+    room, tokenizer = min(settings.max_length, longest(source)), load_tokenizer(source)
+    # The first that fits is enough, and no large set has to be tokenized twice.
+    require_rows(any(tokenize([example], tokenizer, room) for example in task.train))
+    if settings.evolve is not None:  # with the most steps that there can be: each example that doesn't fit makes fewer
+        require_change(settings.evolve, count_steps(len(task.train), settings))
+
+
 def require_alike(teacher: Any, student: Any, settings: DistillSettings, where: str) -> None:
     """Refuse a model whose configuration doesn't fit the one that is to learn from it."""
     from phoenix_sparse.finetuning import distill
@@ -193,6 +210,7 @@ def search(
     from phoenix_sparse.finetuning import adapter as adapters
     from phoenix_sparse.finetuning import full
     from phoenix_sparse.finetuning import search as searching
+    from phoenix_sparse.finetuning.elastic import is_fixed, spaces
     from phoenix_sparse.finetuning.examples import PadRight, tokenize
     from phoenix_sparse.finetuning.memory import AtOnce
     from phoenix_sparse.finetuning.stopping import validation_loss
@@ -208,6 +226,8 @@ def search(
     else:
         model = adapters.load_adapter(base, adapter, masks)
         layers = list(adapters.elastic_layers(model))
+    if settings.nsga2 and (whole or is_fixed(spaces(layers, adapters.adapter_space(adapter)))):
+        raise PhoenixError(f"search.nsga2: {adapter} has one rank or none, so nothing is searched; set nsga2=0")
 
     @contextmanager
     def computing(ranks: searching.Ranks) -> Iterator[None]:
