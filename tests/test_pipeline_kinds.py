@@ -88,7 +88,7 @@ def test_every_kind_of_super_adapter_goes_all_the_way(tmp_path, model_directory,
     assert baseline["trainable_parameters"] == read_json(out / "tune.json")["trainable_parameters"]
     assert "ranks from 6, 3 or 5 or 4, 2." in (out / "report.html").read_text()
     with pytest.raises(PhoenixError, match=r"finetune.ranks: 'w_proj' fits no adapted linear"):
-        pipeline.prepare(small(model_directory, task_directory, "finetune.ranks={w_proj: [2], '*': [4]}"))
+        pipeline.prepare(small(model_directory, task_directory, "finetune.ranks={w_proj: [2], '*': [4, 2]}"))
 
 
 def test_trained_weights_go_all_the_way(tmp_path, model_directory, task_directory):
