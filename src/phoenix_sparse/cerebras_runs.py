@@ -1,6 +1,5 @@
 """Cerebras jobs of a run: what a run directory holds goes out as an export and comes back as a certified model."""
 
-import math
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -153,7 +152,7 @@ def training_settings(recipe: Recipe, mode: str, examples: int, changes: Iterabl
 def _settings(recipe: Recipe, mode: str, examples: int) -> dict[str, Any]:
     """The recipe's fine-tuning, for the Trainer, but for the warmup, which is a share of the steps."""
     given = recipe.finetune
-    steps = given.max_steps or max(1, math.ceil(given.epochs * examples / given.batch_size))
+    steps = max(1, given.count_steps(examples))
     ranks = given.largest_ranks
     rank = max(max(one) for one in ranks.values()) if isinstance(ranks, dict) else ranks[0]
     return {

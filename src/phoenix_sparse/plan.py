@@ -1,6 +1,5 @@
 """What a recipe would need: memory, disk and time, from the configuration and a short measurement, running nothing."""
 
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -56,9 +55,6 @@ def estimate(recipe: Recipe, directory: Path, task: Task) -> dict[str, Any]:
     replaced = sum(layer.weight.numel() for layer in adapted.values()) if full else 0
     adapter = replaced or sum(ranks[name] * (layer.in_features + layer.out_features) for name, layer in adapted.items())
     tokens, longest = _lengths(task, directory, recipe)
-    examples = math.ceil(recipe.finetune.epochs * len(task.train))
-    if recipe.finetune.max_steps is not None:
-        examples = recipe.finetune.max_steps * recipe.finetune.batch_size
     weights = parameters * width
     memory = {
         "weights": weights - width * replaced,
@@ -93,7 +89,7 @@ def estimate(recipe: Recipe, directory: Path, task: Task) -> dict[str, Any]:
         step += recipe.finetune.passes * counted["total"] / 3
     # The baseline's ranks are fixed, and its steps one pass each.
     beside = count_training_flops(model, ranks, **size)["total"] if with_baseline else 0
-    steps = math.ceil(examples / recipe.finetune.batch_size)
+    steps = recipe.finetune.count_steps(len(task.train))
     trainings = 1 + with_baseline
     every = recipe.finetune.validate_every
     validations = -(-steps // every) if every else 0

@@ -5,7 +5,6 @@ micro-batches; the loss is a mean over the scored tokens of the whole step, howe
 steps have the same examples, so their gradients differ by rounding only.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -23,13 +22,6 @@ Batch = dict[str, Tensor]
 WINDOW = 50
 
 
-def count_steps(examples: int, settings: FinetuneSettings) -> int:
-    """Optimizer steps of a training on so many examples."""
-    if settings.max_steps is not None:
-        return settings.max_steps
-    return math.ceil(math.ceil(settings.epochs * examples) / settings.batch_size)
-
-
 def training_order(lengths: Sequence[int], settings: FinetuneSettings, seed: int) -> list[int]:
     """The examples' order over all epochs, each a permutation of its own; a part of an epoch is a part of one.
 
@@ -39,9 +31,7 @@ def training_order(lengths: Sequence[int], settings: FinetuneSettings, seed: int
         seed: for the permutations.
     """
     count, batch = len(lengths), settings.batch_size
-    total = math.ceil(settings.epochs * count)
-    if settings.max_steps is not None:
-        total = settings.max_steps * batch
+    total = settings.count_examples(count)
     generator, order = torch.Generator().manual_seed(seed), list[int]()
     while len(order) < total:
         epoch = torch.randperm(count, generator=generator).tolist()

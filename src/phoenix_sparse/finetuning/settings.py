@@ -1,5 +1,6 @@
 """What a recipe says about fine-tuning and about the search."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
@@ -129,6 +130,14 @@ class FinetuneSettings(Settings):
         if isinstance(self.ranks, Mapping):
             return {name: ranks[:1] for name, ranks in self.ranks.items()}
         return self.ranks[:1]
+
+    def count_examples(self, examples: int) -> int:
+        """Examples that a training on so many takes in all its steps."""
+        return math.ceil(self.epochs * examples) if self.max_steps is None else self.max_steps * self.batch_size
+
+    def count_steps(self, examples: int) -> int:
+        """Optimizer steps of a training on so many examples."""
+        return math.ceil(self.count_examples(examples) / self.batch_size)
 
     @property
     def is_searchable(self) -> bool:

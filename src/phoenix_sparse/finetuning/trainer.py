@@ -90,7 +90,7 @@ def train(
     lengths = [len(row["input_ids"]) for row in rows]
     order = training_order(lengths, settings, seed)
     batches, parts = micro_batches(rows, order, settings, processes)
-    steps = math.ceil(len(order) / settings.batch_size)
+    steps = settings.count_steps(len(rows))
     adapted = model if isinstance(model, PeftModel) else None
     space = spaces(elastic_layers(adapted), settings.ranks) if adapted is not None else {}
     trackers = choose_trackers(settings.trackers)

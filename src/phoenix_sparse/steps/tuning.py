@@ -157,7 +157,6 @@ def require_trainable(source: Path, task: Task, settings: FinetuneSettings) -> N
     Raises:
         PhoenixError: as the training would raise it.
     """
-    from phoenix_sparse.finetuning.batching import count_steps
     from phoenix_sparse.finetuning.evolve import require_change
     from phoenix_sparse.finetuning.examples import require_rows, tokenize
 
@@ -165,7 +164,7 @@ def require_trainable(source: Path, task: Task, settings: FinetuneSettings) -> N
     # The first that fits is enough, and no large set has to be tokenized twice.
     require_rows(any(tokenize([example], tokenizer, room) for example in task.train))
     if settings.evolve is not None:  # with the most steps that there can be: each example that doesn't fit makes fewer
-        require_change(settings.evolve, count_steps(len(task.train), settings))
+        require_change(settings.evolve, settings.count_steps(len(task.train)))
 
 
 def require_alike(teacher: Any, student: Any, settings: DistillSettings, where: str) -> None:
