@@ -81,14 +81,40 @@ struct FromBytes {
     }
 };
 
+// Brings the next rows into the L2, a part as each row of a chunk is expanded: there they are consecutive memory, while
+// here each is a stream of its own, which the hardware's prefetching doesn't follow across pages. A whole chunk's at
+// once would fill all places for lines on their way, and the expansion would stand until they had come.
+struct Ahead {
+    const char *values, *bitmask, *values_due, *bitmask_due;
+    int64_t some_values, some_bitmask;  // bytes of a part
+
+    PHX_INLINE Ahead(const Matrix& w, int64_t next, int rows, int64_t chunks) {
+        const int64_t first = next < w.rows ? next : w.rows;
+        const int64_t last = first + rows < w.rows ? first + rows : w.rows;
+        const auto size = static_cast<int64_t>(bytes_of(w.type));
+        values = values_due = static_cast<const char*>(w.values) + w.offsets[first] * size;
+        bitmask = bitmask_due = reinterpret_cast<const char*>(w.bitmask) + first * w.row_bytes();
+        const int64_t parts = chunks * rows;
+        some_values = ((w.offsets[last] - w.offsets[first]) * size + parts - 1) / parts;
+        some_bitmask = ((last - first) * w.row_bytes() + parts - 1) / parts;
+    }
+    PHX_INLINE void fetch() {
+        values_due += some_values;
+        bitmask_due += some_bitmask;
+        for (; values < values_due; values += 64) _mm_prefetch(values, _MM_HINT_T1);
+        for (; bitmask < bitmask_due; bitmask += 64) _mm_prefetch(bitmask, _MM_HINT_T1);
+    }
+};
+
 // Expand the next chunk of S times 16 rows, whose bitmasks lie `apart` bytes from each other: each 16 TOGETHER tiles.
 template <class From, int S, bool GUARDED>
 PHX_INLINE void expand(const uint8_t* bitmask, int64_t apart, const typename From::Values::Element** values,
-                       uint8_t* to) {
+                       Ahead& ahead, uint8_t* to) {
     using V = typename From::Values;
     constexpr int STEPS = CHUNK / V::step;
 #pragma GCC unroll 2
     for (int r = 0; r < S * tile::ROWS; ++r) {
+        ahead.fetch();
         const typename V::Element* from = values[r];
         uint8_t* row = to + (r / tile::ROWS * TOGETHER * tile::ROWS + r % tile::ROWS) * tile::ROW_BYTES;
         for (int s = 0; s < STEPS; ++s) {
@@ -147,27 +173,6 @@ PHX_INLINE void multiply(const uint8_t* weights, const uint8_t* x) {
     }
 }
 
-// Bring the next `rows` rows into the L2, evenly over the chunks of these: there they are consecutive memory, while
-// here each is a stream of its own, which the hardware's prefetching doesn't follow across pages.
-struct Ahead {
-    const char *values, *bitmask;
-    int64_t lines, bitmask_lines;  // a chunk
-
-    PHX_INLINE Ahead(const Matrix& w, int64_t next, int rows, int64_t chunks) {
-        const int64_t first = next < w.rows ? next : w.rows;
-        const int64_t last = first + rows < w.rows ? first + rows : w.rows;
-        const auto size = static_cast<int64_t>(bytes_of(w.type));
-        values = static_cast<const char*>(w.values) + w.offsets[first] * size;
-        bitmask = reinterpret_cast<const char*>(w.bitmask) + first * w.row_bytes();
-        lines = ((w.offsets[last] - w.offsets[first]) * size / chunks + 63) / 64;
-        bitmask_lines = ((last - first) * w.row_bytes() / chunks + 63) / 64;
-    }
-    PHX_INLINE void fetch() {
-        for (int64_t line = 0; line < lines; ++line, values += 64) _mm_prefetch(values, _MM_HINT_T1);
-        for (int64_t line = 0; line < bitmask_lines; ++line, bitmask += 64) _mm_prefetch(bitmask, _MM_HINT_T1);
-    }
-};
-
 // Sums of the STRIPES times 16 rows from `first` on with N blocks of x. GUARDED: behind their values no memory need be
 // readable, or some of them aren't there.
 template <class From, int N, bool GUARDED>
@@ -184,13 +189,12 @@ PHX_INLINE void sum(const Matrix& w, int64_t first, const uint8_t* x, uint8_t* s
     auto next = [&](int64_t chunk) PHX_LAMBDA {
         uint8_t* to = weights[chunk % 2];
         const int64_t at = chunk * CHUNK_BITS, left = bytes - at;
-        ahead.fetch();
-        if (count == ALL && left >= CHUNK_BITS) return expand<From, S, GUARDED>(bitmask + at, bytes, values, to);
+        if (count == ALL && left >= CHUNK_BITS) return expand<From, S, GUARDED>(bitmask + at, bytes, values, ahead, to);
         // The bitmask's last bytes, and not one beyond them.
         uint8_t last[ALL][CHUNK_BITS] = {};
         const auto some = static_cast<size_t>(left < CHUNK_BITS ? left : CHUNK_BITS);
         for (int r = 0; r < count; ++r) __builtin_memcpy(last[r], bitmask + r * bytes + at, some);
-        expand<From, S, GUARDED>(last[0], CHUNK_BITS, values, to);
+        expand<From, S, GUARDED>(last[0], CHUNK_BITS, values, ahead, to);
     };
     clear<N>();
     next(0);
