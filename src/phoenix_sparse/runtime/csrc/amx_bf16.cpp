@@ -81,20 +81,20 @@ struct FromBytes {
     }
 };
 
-// Brings the next rows into the L2, a part as each row of a chunk is expanded: there they are consecutive memory, while
+// Brings the next 16 rows into the L2, a part as each row of a chunk is expanded: there they are consecutive memory, while
 // here each is a stream of its own, which the hardware's prefetching doesn't follow across pages. A whole chunk's at
 // once would fill all places for lines on their way, and the expansion would stand until they had come.
 struct Ahead {
     const char *values, *bitmask, *values_due, *bitmask_due;
     int64_t some_values, some_bitmask;  // bytes of a part
 
-    PHX_INLINE Ahead(const Matrix& w, int64_t next, int rows, int64_t chunks) {
+    PHX_INLINE Ahead(const Matrix& w, int64_t next, int64_t chunks) {
         const int64_t first = next < w.rows ? next : w.rows;
-        const int64_t last = first + rows < w.rows ? first + rows : w.rows;
+        const int64_t last = first + tile::ROWS < w.rows ? first + tile::ROWS : w.rows;
         const auto size = static_cast<int64_t>(bytes_of(w.type));
         values = values_due = static_cast<const char*>(w.values) + w.offsets[first] * size;
         bitmask = bitmask_due = reinterpret_cast<const char*>(w.bitmask) + first * w.row_bytes();
-        const int64_t parts = chunks * rows;
+        const int64_t parts = chunks * tile::ROWS;
         some_values = ((w.offsets[last] - w.offsets[first]) * size + parts - 1) / parts;
         some_bitmask = ((last - first) * w.row_bytes() + parts - 1) / parts;
     }
@@ -106,17 +106,17 @@ struct Ahead {
     }
 };
 
-// Expand the next chunk of S times 16 rows, whose bitmasks lie `apart` bytes from each other: each 16 TOGETHER tiles.
-template <class From, int S, bool GUARDED>
+// Expand the next chunk of ROWS rows, whose bitmasks lie `apart` bytes from each other, into TOGETHER tiles.
+template <class From, int ROWS, bool GUARDED>
 PHX_INLINE void expand(const uint8_t* bitmask, int64_t apart, const typename From::Values::Element** values,
                        Ahead& ahead, uint8_t* to) {
     using V = typename From::Values;
     constexpr int STEPS = CHUNK / V::step;
 #pragma GCC unroll 2
-    for (int r = 0; r < S * tile::ROWS; ++r) {
+    for (int r = 0; r < ROWS; ++r) {
         ahead.fetch();
         const typename V::Element* from = values[r];
-        uint8_t* row = to + (r / tile::ROWS * TOGETHER * tile::ROWS + r % tile::ROWS) * tile::ROW_BYTES;
+        uint8_t* row = to + r * tile::ROW_BYTES;
         for (int s = 0; s < STEPS; ++s) {
             typename V::Bits bits;
             __builtin_memcpy(&bits, bitmask + r * apart + s * static_cast<int64_t>(sizeof bits), sizeof bits);
@@ -129,18 +129,13 @@ PHX_INLINE void expand(const uint8_t* bitmask, int64_t apart, const typename Fro
     }
 }
 
-// How many times 16 rows of W are multiplied with N blocks of x at once: twice where registers are left for it, so that
-// x, which comes from the L2, serves both.
-template <int N>
-constexpr int STRIPES = N <= 2 ? 2 : 1;
-
 // A product waits for the one before it that adds to the same register, three times as long as the processor needs to
-// begin another. So four registers take turns, or three: with one block of x two hold parts of one sum.
+// begin another. So four registers take turns, or three: with few blocks of x several hold parts of one sum.
 template <int N>
-constexpr int PARTS = N == 1 ? 2 : 1;
+constexpr int PARTS = N > 2 ? 1 : 4 / N;
 
 template <int N>
-constexpr int SUMS = STRIPES<N> * N * PARTS<N>;
+constexpr int SUMS = N * PARTS<N>;
 
 template <int N, int I = 0>
 PHX_INLINE void clear() {
@@ -158,51 +153,68 @@ PHX_INLINE void keep(uint8_t* sums) {
     }
 }
 
-// A chunk of W times the same columns of N blocks of x: registers 0 to 3 are sums, 4 and 5 W, 6 and 7 x.
-template <int N, int I = 0>
+// One tile of W, the STEP-th of its chunk, times the same columns of N blocks of x: registers 0 to 3 are sums, 4 and 5
+// W, 6 and 7 x.
+template <int N, int STEP, int BLOCK = 0>
 PHX_INLINE void multiply(const uint8_t* weights, const uint8_t* x) {
-    constexpr int S = STRIPES<N>;
-    if constexpr (I < TOGETHER * N * S) {
-        constexpr int step = I / (N * S), block = I / S % N, stripe = I % S;
-        constexpr int sum = (stripe * N + block) * PARTS<N> + step % PARTS<N>;
-        constexpr int ours = 4 + (S == 2 ? stripe : step % 2), theirs = 6 + I / S % 2;
-        if constexpr (block == 0) tile::load<ours>(weights + (stripe * TOGETHER + step) * tile::BYTES);
-        if constexpr (stripe == 0) tile::load<theirs>(x + I / S * tile::BYTES);
-        tile::dot<sum, ours, theirs>();
-        multiply<N, I + 1>(weights, x);
+    if constexpr (BLOCK < N) {
+        constexpr int ours = 4 + STEP % 2, theirs = 6 + (STEP * N + BLOCK) % 2;
+        if constexpr (BLOCK == 0) tile::load<ours>(weights + STEP * tile::BYTES);
+        tile::load<theirs>(x + (STEP * N + BLOCK) * tile::BYTES);
+        tile::dot<BLOCK * PARTS<N> + STEP % PARTS<N>, ours, theirs>();
+        multiply<N, STEP, BLOCK + 1>(weights, x);
     }
 }
 
-// Sums of the STRIPES times 16 rows from `first` on with N blocks of x. GUARDED: behind their values no memory need be
-// readable, or some of them aren't there.
+// Multiply a chunk, and expand the next one meanwhile unless there is none (`bitmask` is null), a few rows for each
+// tile: what expands and what multiplies are different parts of a processor, which looks only some hundred instructions
+// ahead to keep both at work. And what was expanded is long in the cache when a tile's load asks for it.
+template <class From, int N, bool GUARDED, int STEP = 0>
+PHX_INLINE void multiply_and_expand(const uint8_t* weights, const uint8_t* x, const uint8_t* bitmask, int64_t apart,
+                                    const typename From::Values::Element** values, Ahead& ahead, uint8_t* next) {
+    if constexpr (STEP < TOGETHER) {
+        constexpr int SOME = tile::ROWS / TOGETHER;
+        if (bitmask) {
+            expand<From, SOME, GUARDED>(bitmask + STEP * SOME * apart, apart, values + STEP * SOME, ahead,
+                                        next + STEP * SOME * tile::ROW_BYTES);
+        }
+        multiply<N, STEP>(weights, x);
+        multiply_and_expand<From, N, GUARDED, STEP + 1>(weights, x, bitmask, apart, values, ahead, next);
+    }
+}
+
+// Sums of the 16 rows from `first` on with N blocks of x. GUARDED: behind their values no memory need be readable, or
+// some of them aren't there.
 template <class From, int N, bool GUARDED>
 PHX_INLINE void sum(const Matrix& w, int64_t first, const uint8_t* x, uint8_t* sums) {
-    constexpr int S = STRIPES<N>, ALL = S * tile::ROWS;
     const auto* all = static_cast<const typename From::Values::Element*>(w.values);
     const int64_t bytes = w.row_bytes(), chunks = chunks_of(w.cols);
-    const int count = static_cast<int>(w.rows - first < ALL ? w.rows - first : ALL);
-    const typename From::Values::Element* values[ALL];
-    for (int r = 0; r < ALL; ++r) values[r] = all + w.offsets[r < count ? first + r : w.rows];
-    const uint8_t* bitmask = w.bitmask + first * bytes;
-    Ahead ahead(w, first + ALL, ALL, chunks);
-    alignas(64) uint8_t weights[2][S * TOGETHER * tile::BYTES];
-    auto next = [&](int64_t chunk) PHX_LAMBDA {
-        uint8_t* to = weights[chunk % 2];
-        const int64_t at = chunk * CHUNK_BITS, left = bytes - at;
-        if (count == ALL && left >= CHUNK_BITS) return expand<From, S, GUARDED>(bitmask + at, bytes, values, ahead, to);
-        // The bitmask's last bytes, and not one beyond them.
-        uint8_t last[ALL][CHUNK_BITS] = {};
+    const int count = static_cast<int>(w.rows - first < tile::ROWS ? w.rows - first : tile::ROWS);
+    const typename From::Values::Element* values[tile::ROWS];
+    for (int r = 0; r < tile::ROWS; ++r) values[r] = all + w.offsets[r < count ? first + r : w.rows];
+    Ahead ahead(w, first + tile::ROWS, chunks);
+    alignas(64) uint8_t weights[2][TOGETHER * tile::BYTES];
+    // The bitmask of a chunk: where it is, or where there is less than a whole one, a copy with zeros behind.
+    uint8_t last[tile::ROWS][CHUNK_BITS];
+    int64_t apart = bytes;
+    auto bits_of = [&](int64_t chunk) PHX_LAMBDA {
+        const uint8_t* bits = w.bitmask + first * bytes + chunk * CHUNK_BITS;
+        const int64_t left = bytes - chunk * CHUNK_BITS;
+        if (count == tile::ROWS && left >= CHUNK_BITS) return bits;
         const auto some = static_cast<size_t>(left < CHUNK_BITS ? left : CHUNK_BITS);
-        for (int r = 0; r < count; ++r) __builtin_memcpy(last[r], bitmask + r * bytes + at, some);
-        expand<From, S, GUARDED>(last[0], CHUNK_BITS, values, ahead, to);
+        __builtin_memset(last, 0, sizeof last);
+        for (int r = 0; r < count; ++r) __builtin_memcpy(last[r], bits + r * bytes, some);
+        apart = CHUNK_BITS;
+        return static_cast<const uint8_t*>(last[0]);
     };
     clear<N>();
-    next(0);
+    const uint8_t* bits = bits_of(0);
+    expand<From, tile::ROWS, GUARDED>(bits, apart, values, ahead, weights[0]);
 #pragma GCC unroll 1
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        // A tile's load waits until what was stored has left for the cache; meanwhile the next chunk is expanded.
-        if (chunk + 1 < chunks) next(chunk + 1);
-        multiply<N>(weights[chunk % 2], x + chunk * (TOGETHER * N * tile::BYTES));
+        bits = chunk + 1 < chunks ? bits_of(chunk + 1) : nullptr;
+        multiply_and_expand<From, N, GUARDED>(weights[chunk % 2], x + chunk * (TOGETHER * N * tile::BYTES), bits, apart,
+                                              values, ahead, weights[(chunk + 1) % 2]);
     }
     keep<N>(sums);
 }
@@ -248,21 +260,19 @@ void finish_block(const Call& call, int64_t first, int64_t row, const uint8_t* s
 // Write the products of all rows from `first` to `last` with the N blocks of x from `row` on.
 template <class From, int N>
 void rows_by(const Call& call, int64_t first, int64_t last, int64_t row, const uint8_t* x) {
-    constexpr int S = STRIPES<N>, ALL = S * tile::ROWS;
     const Matrix& w = call.w;
     alignas(64) uint8_t sums[SUMS<N> * tile::BYTES];
-    for (; first < last; first += ALL) {
-        if (first + ALL <= w.rows && unguarded<typename From::Values>(w, first, ALL)) {
+    for (; first < last; first += tile::ROWS) {
+        if (first + tile::ROWS <= w.rows && unguarded<typename From::Values>(w, first, tile::ROWS)) {
             sum<From, N, false>(w, first, x, sums);
         } else {
             sum<From, N, true>(w, first, x, sums);
         }
-        for (int stripe = 0; stripe < S && first + stripe * tile::ROWS < w.rows; ++stripe)
-            finish_block<N>(call, first + stripe * tile::ROWS, row, sums + stripe * N * PARTS<N> * tile::BYTES);
+        finish_block<N>(call, first, row, sums);
     }
 }
 
-// Those of rows first..last-1 with all of x. `first` is a multiple of 32, and so is `last`, or the rows' end.
+// Those of rows first..last-1 with all of x. `first` is a multiple of 16, and so is `last`, or the rows' end.
 template <class From>
 void rows(const Call& call, int64_t first, int64_t last, const uint8_t* x) {
     const int64_t all = (call.x.batch + 15) / 16;
