@@ -131,7 +131,7 @@ def status(file: SweepFile, overrides: Overrides = None, *, out: Out = None) -> 
     _tell_failures(found)
     say(_counted(found))
     if any(one.state == "interrupted" for one in found):
-        say(f"`phx sweep resume {places.out}` goes on with what was interrupted")
+        say(f"{places.resume} goes on with what was interrupted")
 
 
 @sweep.command(hidden=True)
@@ -151,7 +151,7 @@ def one(
         _run_cell(places, name, share=share, models=models)
     except KeyboardInterrupt:
         note(places.cell(name), "interrupted", pid=os.getpid())
-        typer.echo("interrupted; `phx sweep resume` goes on from the last checkpoint", err=True)
+        typer.echo(f"interrupted; {places.resume} goes on from the last checkpoint", err=True)
         raise typer.Exit(130) from None
 
 
@@ -214,12 +214,15 @@ def _run(file: Path, overrides: list[str] | None, out: Path | None, *, resume: b
     from phoenix_sparse.report.series import counted
     from phoenix_sparse.sweep.matrix import load_sweep
     from phoenix_sparse.sweep.planning import check_inputs
-    from phoenix_sparse.sweep.running import run_sweep
+    from phoenix_sparse.sweep.places import Places
+    from phoenix_sparse.sweep.running import require_place, run_sweep
 
     loaded = load_sweep(file, overrides or ())
+    directory = out or Path("sweeps") / loaded.settings.name
+    require_writable(directory)
+    require_place(loaded, directory, resume=resume)
     with showing():
         check_inputs(loaded)
-    directory = out or Path("sweeps") / loaded.settings.name
 
     def tell(one: Any, count: int, total: int) -> None:
         took = f" in {one.seconds:.1f} s" if one.seconds is not None else ""
@@ -236,7 +239,7 @@ def _run(file: Path, overrides: list[str] | None, out: Path | None, *, resume: b
     say(_counted(found), f"registry: {directory / 'registry.csv'}")
     states = {one.state for one in found}
     if states - {"done", "failed"}:
-        typer.echo(f"phx: stopped; go on with `phx sweep resume {directory}`", err=True)
+        typer.echo(f"phx: stopped; go on with {Places(directory).resume}", err=True)
         raise typer.Exit(130)
     if "failed" in states:
         raise typer.Exit(PARTLY)
