@@ -213,8 +213,8 @@ def _run(file: Path, overrides: list[str] | None, out: Path | None, *, resume: b
     from phoenix_sparse.console import ERR, showing
     from phoenix_sparse.report.series import counted
     from phoenix_sparse.sweep.matrix import load_sweep
-    from phoenix_sparse.sweep.planning import check_inputs
     from phoenix_sparse.sweep.places import Places
+    from phoenix_sparse.sweep.planning import check_inputs
     from phoenix_sparse.sweep.running import require_place, run_sweep
 
     loaded = load_sweep(file, overrides or ())

@@ -60,12 +60,11 @@ def named_task(name: str, data: Path | None, seed: int, **more: Any) -> Any:
 
 
 def checked_recipe(path: Path, overrides: Iterable[str] | None) -> Any:
-    """Read the recipe of one run, in which no setting may be for a search that another run would do."""
-    from phoenix_sparse.recipe import load_recipe
+    """Read the recipe of one run, in which no setting may be for what only another run would do."""
+    from phoenix_sparse.recipe import load_recipe, without_idle
 
-    recipe = load_recipe(path, overrides or ())
-    recipe.sparsify.require_searched("sparsify.")
-    return recipe
+    changes = list(overrides or ())
+    return without_idle(load_recipe(path, changes), [text.partition("=")[0] for text in changes])
 
 
 def refuse_idle(command: str, of: str, given: Any, options: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ import yaml
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import parse_yaml
 from phoenix_sparse.pruning.settings import SparsifySettings
-from phoenix_sparse.recipe import Recipe, check, override
+from phoenix_sparse.recipe import CHOSEN_BY, Recipe, check, is_changed, override, without_idle
 from phoenix_sparse.sweep.settings import AXES, SweepSettings
 
 SHOWN = 5  # wrong cells that a message names
@@ -91,6 +91,9 @@ def resolve(settings: SweepSettings, base: Mapping[str, Any]) -> tuple[tuple[Cel
         raise PhoenixError(_tell(wrong, len(wrong) + len(cells)))
     if not cells:
         raise PhoenixError("exclude: nothing is left to run")
+    for field in CHOSEN_BY:
+        if is_changed(base, field) and not any(cell.recipe.uses(field) for cell in cells):
+            raise PhoenixError(f"base.{field}: no run of the sweep has use for it; leave it out")
     return tuple(cells), excluded
 
 
@@ -105,7 +108,8 @@ def _recipe(settings: SweepSettings, base: Mapping[str, Any], name: str, axes: M
     if settings.engine.threads is not None:
         fields["threads"] = settings.engine.threads
     texts = [f"{field}={yaml.safe_dump(value, default_flow_style=True)}" for field, value in fields.items()]
-    return check(Recipe, override(base, texts), name)
+    recipe = check(Recipe, override(base, texts), name)
+    return without_idle(recipe, fields, shared=True)
 
 
 def _matches(exclusion: Mapping[str, tuple[Any, ...]], axes: Mapping[str, Any]) -> bool:
