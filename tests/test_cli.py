@@ -119,6 +119,27 @@ def test_the_steps_do_their_work_on_files(chain, phx, task_directory):
     assert "FLOPs" in said
 
 
+def test_tune_says_how_many_examples_were_too_long(chain, phx, task_directory, tmp_path):
+    shutil.copytree(task_directory, tmp_path / "sums")
+    with (tmp_path / "sums" / "train.jsonl").open("a") as file:
+        file.writelines(json.dumps({"question": f"{number}+1", "answer": "7" * 40}) + "\n" for number in range(3))
+    call = (
+        "tune",
+        chain / "sparse",
+        "--masks",
+        chain / "masks.safetensors",
+        "ranks=[2]",
+        "max_steps=1",
+        "batch_size=4",
+    )
+    code, said, _ = phx(*call, "max_length=32", "--task", tmp_path / "sums", "--out", tmp_path / "out")
+    assert code == 0
+    assert "training examples left out, too long for max_length: 3\n" in said
+    code, said, _ = phx(*call, "max_length=64", "--task", tmp_path / "sums", "--out", tmp_path / "longer")
+    assert code == 0
+    assert "left out" not in said
+
+
 SPREAD = {
     "--sparsity 0.5 0.7 0.9": "--sparsity 0.5 --sparsity 0.7 --sparsity 0.9",
     "m --sparsity .5 7e-1 a=1 --out o 0.9": "m --sparsity .5 --sparsity 7e-1 a=1 --out o 0.9",

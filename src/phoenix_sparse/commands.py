@@ -80,6 +80,14 @@ def require_task(name: str | None, data: Path | None) -> None:
         raise PhoenixError(f"--data: {data} is the data of a task, and none is given; give --task, or leave --data out")
 
 
+def require_masks(mode: str, masks: Path | None) -> None:
+    """Refuse a mode of training without the masks that it is for, and masks that it would not look at."""
+    if mode == "sparse_to_sparse" and masks is None:
+        raise PhoenixError("tune: mode=sparse_to_sparse trains through masks; give --masks, or mode=sparse_to_dense")
+    if mode == "sparse_to_dense" and masks is not None:
+        raise PhoenixError("tune: mode=sparse_to_dense trains without masks; leave --masks out")
+
+
 @contextmanager
 def set_up(dtype: str, device: str, seed: int, out: Path | None) -> Iterator[Any]:
     """Check the options that commands share, and show progress for the block."""
@@ -160,6 +168,15 @@ def workplace(out: Path, files: list[Path | None], settings: list[Any]) -> Itera
     key = repr([sha256(file) if file else None for file in files] + settings)
     yield out / ".work" / hashlib.sha256(key.encode()).hexdigest()[:16]
     shutil.rmtree(out / ".work", ignore_errors=True)
+
+
+def say_trained(out: Path, adapter: Path) -> None:
+    """Say where a training left its adapter, and how many examples it left out, if any."""
+    from phoenix_sparse.files import read_json
+
+    if short := read_json(out / "tune.json")["examples_left_out"]:
+        say(f"training examples left out, too long for max_length: {short}")
+    say(f"adapter: {adapter}")
 
 
 def say(*lines: str) -> None:

@@ -134,7 +134,8 @@ def comparison_recipes(
         found[spec.text] = recipe
     for recipe in found.values():
         for field, why in recipe.idle.items():
-            if not any(other.uses(field) for other in found.values()):
+            # Calibration is shared with initialisations that are added to the comparison later.
+            if field != "sparsify.calibration" and not any(other.uses(field) for other in found.values()):
                 raise PhoenixError(f"compare: {field.removeprefix('sparsify.')}: {why}")
     return found
 

@@ -166,6 +166,7 @@ def _speed(directory: Path, facts: Facts) -> Row:
         "train_tokens_per_second": tune.tokens / tune.seconds if whole else None,  # type: ignore[operator,union-attr]
         "train_seconds": tune.seconds if tune is not None and whole else None,
         "train_peak_bytes": tune.peak_memory_bytes if tune else None,
+        "train_examples_left_out": tune.examples_left_out if tune else None,
         "trainable_parameters": tune.trainable_parameters if tune else None,
         "bench_batch": None,
     }

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.report.facts import ROLES, read_facts
 from phoenix_sparse.report.records import Accuracy, Flops
-from phoenix_sparse.report.text import MISSING, accuracy, number, percent, scaled, seconds, size, times
+from phoenix_sparse.report.text import MISSING, accuracy, left_out, number, percent, scaled, seconds, size, times
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,6 +46,9 @@ def summary_table(run_directory: Path) -> "Table":
         cost = part.total if part else None
         text = f"{scaled(cost.dense)} → {scaled(cost.sparse)} ({times(cost.reduction)})" if cost else MISSING
         table.add_row(f"FLOPs to {name}", text)
+    if (short := left_out(facts)) is not None:
+        table.add_section()
+        table.add_row("training examples left out", short)
     return table
 
 
