@@ -324,7 +324,7 @@ def test_a_plan_is_shown_and_nothing_done(phx, tmp_path, monkeypatch, model_dire
 def test_report_writes_a_run_s_report_again(phx, tmp_path):
     code, said, errors = phx("report", tmp_path)
     assert (code, said) == (2, "")
-    assert errors == [f"phx: {tmp_path}: no manifest.json; give a run directory"]
+    assert errors == [f"phx: {tmp_path}: no run lies in it (no manifest.json); give a run's directory, or one of runs"]
 
 
 def test_a_step_does_not_go_on_from_another_s_checkpoints(phx, chain, task_directory, tmp_path, monkeypatch):

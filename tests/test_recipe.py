@@ -12,6 +12,7 @@ from phoenix_sparse.evaluation.settings import EvaluateSettings
 from phoenix_sparse.finetuning.settings import FinetuneSettings, SearchSettings
 from phoenix_sparse.pruning.settings import CalibrationSettings, SparsifySettings
 from phoenix_sparse.recipe import Recipe, check, dump_recipe, load_recipe, override, without_idle
+from phoenix_sparse.sweep.matrix import load_sweep
 from phoenix_sparse.tasks.settings import TaskSettings
 
 RECIPES = sorted(
@@ -200,6 +201,14 @@ def test_what_a_changed_choice_has_no_use_for_goes_with_the_choice_before(there,
     else:
         assert without_idle(recipe, named) == check(Recipe, override(LEAST, changes), "test")
     assert without_idle(recipe, [], shared=True).idle == {}
+
+
+def test_a_sweep_and_a_recipe_are_told_apart(tmp_path):
+    path = tmp_path / "file.yaml"
+    path.write_text(yaml.safe_dump({"name": "a", "models": ["demo"], "tasks": ["demo"], "methods": {}}))
+    assert f"{path} is a sweep of many runs; give it to `phx sweep run`" in refusal(lambda: load_recipe(path))
+    path.write_text(yaml.safe_dump(LEAST))
+    assert f"{path} is the recipe of one run; give it to `phx run`" in refusal(lambda: load_sweep(path))
 
 
 def test_what_does_not_fit_is_told_all_at_once():

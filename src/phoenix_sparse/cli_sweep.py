@@ -39,8 +39,13 @@ def report(
     """Write a run's report.html and model card anew, or, with --out, an analysis over many runs."""
     from phoenix_sparse.report import build_report
     from phoenix_sparse.report.overview import PUBLISHED, SUMMARY, build_overview
+    from phoenix_sparse.report.run_rows import find_runs
 
     if out is None:
+        if find_runs(directory) != [directory]:
+            raise PhoenixError(
+                f"{directory} holds runs and is none; add --out DIR to analyse them, or give one of them"
+            )
         say(f"report: {build_report(directory)}")
         return
     require_writable(out)

@@ -93,6 +93,8 @@ def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
         raise PhoenixError(f"recipe: {path} is not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise PhoenixError(f"recipe: {path} must hold keys and values, such as model: and task:")
+    if "models" in content and "model" not in content:
+        raise PhoenixError(f"recipe: {path} is a sweep of many runs; give it to `phx sweep run`, or a recipe here")
     return check(Recipe, override(content, overrides), str(path))
 
 

@@ -1,6 +1,7 @@
 """The analysis over runs: means, intervals, fronts and pairs by hand; pages that show what the files say."""
 
 import csv
+import json
 import math
 import random
 import re
@@ -161,6 +162,25 @@ def test_an_unfinished_run_is_named_and_left_out(tmp_path, files):
         assert f"1 of {len(runs)} runs didn’t finish and is left out: {runs[0].name}{words}" in page
         rows = {row["directory"]: row for row in csv.DictReader((tmp_path / "out" / SUMMARY).open())}
         assert rows[runs[0].name]["status"] == {"running": "unfinished"}.get(status, status)
+
+
+def test_cells_of_a_sweep_without_a_run_are_named(tmp_path, files):
+    runs = write_runs(tmp_path / "runs", files, methods=["wanda"], sparsities=[0.5])
+    for name in [*(run.name for run in runs), "waits"]:
+        cell = tmp_path / "cells" / name
+        cell.mkdir(parents=True)
+        axes = {"model": "m", "task": "t", "method": "wanda", "sparsity": 0.5, "mode": "s2s", "seed": 3}
+        (cell / "cell.json").write_text(json.dumps(axes))
+    told: list[str] = []
+    page = build_overview(tmp_path, tmp_path / "out", tell=told.append).read_text()
+    assert told == ["1 run: 1 missing"]
+    assert f"1 of {len(runs) + 1} runs didn’t finish and is left out: waits (missing)." in page
+    row = list(csv.DictReader((tmp_path / "out" / SUMMARY).open()))[-1]
+    assert (row["directory"], row["status"], row["target_sparsity"], row["accuracy"]) == ("waits", "missing", "0.5", "")
+    assert f"{len(runs)} runs" in (tmp_path / "out" / PUBLISHED).read_text()
+    told.clear()
+    build_overview(tmp_path / "runs", tmp_path / "out", tell=told.append)  # which is no sweep's directory
+    assert told == []
 
 
 def test_of_many_unfinished_runs_a_few_are_named(tmp_path, files):

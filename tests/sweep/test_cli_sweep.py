@@ -145,6 +145,8 @@ def test_one_cell_is_a_run_like_any_other(file):
     assert done.exit_code == 0, done.output
     assert (Path("sweeps/mine/runs") / name / "report.html").is_file()
     assert list(Path("sweeps/mine/shared/sparsify").glob("*/entry.json"))
+    done = phx("report", "sweeps/mine")
+    assert str(done.exception).startswith("sweeps/mine holds runs and is none; add --out DIR to analyse them")
     done = phx("report", "sweeps/mine", "--out", "analysis")
     assert done.exit_code == 0, done.output
     assert "good" in Path("analysis/index.html").read_text()

@@ -50,7 +50,10 @@ def load_sweep(path: Path | str, overrides: Iterable[str] = ()) -> Sweep:
         PhoenixError: the file is wrong, an exclusion matches nothing, or cells are wrong (they are named).
     """
     path = Path(path)
-    settings = check(SweepSettings, override(read_yaml(path), overrides), str(path))
+    content = read_yaml(path)
+    if "model" in content and "models" not in content:
+        raise PhoenixError(f"sweep: {path} is the recipe of one run; give it to `phx run`, or a file with models: here")
+    settings = check(SweepSettings, override(content, overrides), str(path))
     base = settings.base
     values = read_yaml(path.parent / base) if isinstance(base, Path) else dict(base)
     if isinstance(base, Path):
@@ -161,7 +164,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise PhoenixError(
-            f"sweep: {path} can't be read ({error.__class__.__name__}); give a YAML file, or to resume a sweep's folder"
+            f"sweep: {path} can't be read ({error.__class__.__name__}); give a YAML file, or for status and resume a "
+            "sweep's directory"
         ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise PhoenixError(f"sweep: {path} is not YAML ({' '.join(str(error).split())})") from error
