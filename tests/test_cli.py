@@ -30,7 +30,7 @@ OPTIONS = {
         *("--out", "--task", "--data", "--limit", "--text", "--context-length", "--max-tokens", "--batch-size"),
         *ON_A_MACHINE,
     ],
-    "flops": ["--masks", "--sparsity", "--out", "--prompt-length", "--context-length"],
+    "flops": ["--masks", "--sparsity", "--out", "--prompt-length", "--context-length", "--rank"],
     "report": ["--out"],
     "sweep": [],
     "cerebras": [],
@@ -117,6 +117,15 @@ def test_the_steps_do_their_work_on_files(chain, phx, task_directory):
     assert (code, errors) == (0, [])
     assert read_json(figures / "flops.json")["decode"]["linears"]["reduction"] == pytest.approx(2.5, abs=0.1)
     assert "FLOPs" in said
+    training = read_json(figures / "flops.json")["training"]
+    assert (training["rank"], training["sequence_length"]) == (32, 512)
+    # Two dense products of every weight for each token, and a third for what is adapted.
+    weights = {name: layer["shape"] for name, layer in read_json(figures / "flops.json")["linears"].items()}
+    products = sum((2 if name == "lm_head" else 3) * 2 * shape[0] * shape[1] for name, shape in weights.items())
+    assert training["frozen"] + training["adapted"] == 32 * 512 * products
+    assert "one token of training, rank 32" in said
+    _, said, _ = phx("flops", "llama-3-8b", "--sparsity", 0.5, "--rank", 8)
+    assert "one token of training, rank 8" in said
 
 
 def test_tune_says_how_many_examples_were_too_long(chain, phx, task_directory, tmp_path):

@@ -135,7 +135,8 @@ def status(file: SweepFile, overrides: Overrides = None, *, out: Out = None) -> 
             say(f"{one.state}: {one.name} ({one.stage or 'starting'}, attempt {one.attempts})")
     _tell_failures(found)
     say(_counted(found))
-    if any(one.state == "interrupted" for one in found):
+    states = {one.state for one in found}
+    if "interrupted" in states and "running" not in states:  # else the sweep may be at work, and come to it itself
         say(f"{places.resume} goes on with what was interrupted")
 
 

@@ -1,5 +1,6 @@
 """Tables in the terminal."""
 
+import re
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -110,5 +111,11 @@ def test_bench_tables_keep_their_brackets():
     }
     text = "".join(printed(table) for table in bench_tables(record))
     assert text.count("[quartiles]") == 2
+    assert re.search(r"float32, 1\s+thread\s", text)
+    assert "peak" not in text  # which is known on a GPU alone
+    record["throughput"][0]["peak_bytes"] = {"dense": 3 * 2**20, "sparse": 2**20}
+    text = "".join(printed(table) for table in bench_tables(record))
+    assert "3.0 MiB" in text
+    assert "1.0 MiB" in text
     assert "9.0 [8.0–10.0]" in text
     assert "1.00x" in text

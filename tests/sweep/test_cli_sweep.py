@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -196,6 +197,9 @@ def test_a_run_that_noted_its_interruption_has_not_failed(file):
     assert told.exit_code == 0
     assert f"interrupted: {name} (starting, attempt 2)\n" in told.output
     assert "2 runs: 1 interrupted, 1 failed\n`phx sweep resume sweeps/mine` goes on with what was" in told.output
+    note(places.cell("tiny-bad-magnitude-50-s2s-s0"), "begun", attempt=2, pid=os.getpid())  # the sweep is at work
+    assert "resume" not in phx("sweep", "status", file).output
+    note(places.cell("tiny-bad-magnitude-50-s2s-s0"), "ended", attempt=2, exit=2, seconds=1.0, stopped=False)
     done = phx("sweep", "resume", file)
     assert done.exit_code == 3, done.output
     assert "2 runs: 1 done, 1 failed" in done.output

@@ -1,5 +1,6 @@
 """A run as one row of a table: what it was, and what was measured in it. A missing result is None."""
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,10 @@ def missing_rows(runs: Path, found: Iterable[Path]) -> Iterator[Row]:
     there = {directory.name for directory in found}
     for label in sorted(Path(runs).glob("cells/*/cell.json")):
         if label.parent.name not in there:
-            axes = read_json(label)
             known = ("model", "task", "method", "seed")
             row: Row = {}
-            if isinstance(axes, dict):
+            with contextlib.suppress(PhoenixError, AttributeError):  # damaged: its name is known, and is enough
+                axes = read_json(label)
                 row = {name: axes.get(name) for name in known} | {"target_sparsity": axes.get("sparsity")}
             yield {
                 "run": label.parent.name,

@@ -79,6 +79,10 @@ def flops_table(counted: Mapping[str, Any]) -> "Table":
         total = part.total
         table.add_row(f"{name}: total", scaled(total.dense), scaled(total.sparse), times(total.reduction), style="bold")
         table.add_section()
+    if (training := counted.get("training")) is not None:
+        each = scaled(training["per_token"])  # dense products, whatever the mask
+        table.add_row(f"one token of training, rank {training['rank']}", each, each, times(1.0))
+        table.add_section()
     weights, sizes = flops.parameters, flops.bytes
     fewer = weights.total / weights.nnz if weights.nnz else None
     table.add_row("non-zero parameters", scaled(weights.total), scaled(weights.nnz), times(fewer))
