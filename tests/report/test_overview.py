@@ -334,6 +334,10 @@ def test_counted_flops_are_not_called_speed(tmp_path, files):
     assert "Accuracy against FLOPs" in headings
     timed = [row | {"decode_tokens_per_second": 2.0, "decode_tokens_per_second_dense": 1.0} for row in rows]
     assert "Accuracy against speed" in [heading for _, heading, _ in sections(timed)]
+    # Seeds are those of the runs that were timed.
+    some = [row if row["seed"] == 0 else other for row, other in zip(timed, rows, strict=True)]
+    captions = [plot.caption for identity, _, plots in sections(some) if identity == "pareto" for plot in plots]
+    assert [caption.split("; ")[1].split(".")[0] for caption in captions] == ["one seed", "means over 2 seeds"]
 
 
 def test_the_dense_model_has_no_error_over_seeds(tmp_path, files):

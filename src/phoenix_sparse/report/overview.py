@@ -196,13 +196,14 @@ def _fronts(rows: Sequence[Row]) -> Iterable[Plot]:
     for (model, task), group in grouped(rows, "model", "task").items():
         if not measured_alike(group):
             continue
-        for speed in ("measured", "counted"):
+        timed = [row for row in group if row.get("decode_tokens_per_second") is not None]
+        for speed, shown in (("measured", timed), ("counted", group)):
             text = f"Accuracy on {task} against speed, {speed}, with the front of the best trade-offs"
             caption = (
-                f"{task}, {model}; {_means(group)}. Points on the front carry their sparsity. The errors of the "
+                f"{task}, {model}; {_means(shown)}. Points on the front carry their sparsity. The errors of the "
                 "accuracies stand in the table."
             )
-            yield from _plot(pareto_plot(group, _name("p", f"{model} {task} {speed}"), speed), text, caption)
+            yield from _plot(pareto_plot(shown, _name("p", f"{model} {task} {speed}"), speed), text, caption)
 
 
 def _costs(rows: Sequence[Row]) -> Iterable[Plot]:
