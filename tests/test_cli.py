@@ -30,7 +30,7 @@ OPTIONS = {
         *("--out", "--task", "--data", "--limit", "--text", "--context-length", "--max-tokens", "--batch-size"),
         *ON_A_MACHINE,
     ],
-    "flops": ["--masks", "--sparsity", "--out", "--prompt-length", "--context-length"],
+    "flops": ["--masks", "--sparsity", "--out", "--prompt-length", "--context-length", "--rank"],
     "report": ["--out"],
     "sweep": [],
     "cerebras": [],
@@ -117,6 +117,36 @@ def test_the_steps_do_their_work_on_files(chain, phx, task_directory):
     assert (code, errors) == (0, [])
     assert read_json(figures / "flops.json")["decode"]["linears"]["reduction"] == pytest.approx(2.5, abs=0.1)
     assert "FLOPs" in said
+    training = read_json(figures / "flops.json")["training"]
+    assert (training["rank"], training["sequence_length"]) == (32, 512)
+    # Two dense products of every weight for each token, and a third for what is adapted.
+    weights = {name: layer["shape"] for name, layer in read_json(figures / "flops.json")["linears"].items()}
+    products = sum((2 if name == "lm_head" else 3) * 2 * shape[0] * shape[1] for name, shape in weights.items())
+    assert training["frozen"] + training["adapted"] == 32 * 512 * products
+    assert "one token of training, rank 32" in said
+    _, said, _ = phx("flops", "llama-3-8b", "--sparsity", 0.5, "--rank", 8)
+    assert "one token of training, rank 8" in said
+
+
+def test_tune_says_how_many_examples_were_too_long(chain, phx, task_directory, tmp_path):
+    shutil.copytree(task_directory, tmp_path / "sums")
+    with (tmp_path / "sums" / "train.jsonl").open("a") as file:
+        file.writelines(json.dumps({"question": f"{number}+1", "answer": "7" * 40}) + "\n" for number in range(3))
+    call = (
+        "tune",
+        chain / "sparse",
+        "--masks",
+        chain / "masks.safetensors",
+        "ranks=[2]",
+        "max_steps=1",
+        "batch_size=4",
+    )
+    code, said, _ = phx(*call, "max_length=32", "--task", tmp_path / "sums", "--out", tmp_path / "out")
+    assert code == 0
+    assert "training examples left out, too long for max_length: 3\n" in said
+    code, said, _ = phx(*call, "max_length=64", "--task", tmp_path / "sums", "--out", tmp_path / "longer")
+    assert code == 0
+    assert "left out" not in said
 
 
 SPREAD = {
@@ -303,7 +333,7 @@ def test_a_plan_is_shown_and_nothing_done(phx, tmp_path, monkeypatch, model_dire
 def test_report_writes_a_run_s_report_again(phx, tmp_path):
     code, said, errors = phx("report", tmp_path)
     assert (code, said) == (2, "")
-    assert errors == [f"phx: {tmp_path}: no manifest.json; give a run directory"]
+    assert errors == [f"phx: {tmp_path}: no run lies in it (no manifest.json); give a run's directory, or one of runs"]
 
 
 def test_a_step_does_not_go_on_from_another_s_checkpoints(phx, chain, task_directory, tmp_path, monkeypatch):

@@ -64,6 +64,14 @@ BAD = {
         "prune {model} --task {task} evolution.budget=5",
         "prune: evolution: it is for allocation=evolutionary, and this one is uniform; set that, or leave",
     ),
+    "a text for none": (
+        "prune {model} --importance random calibration.samples=5",
+        "prune: calibration: random measures nothing on it; leave calibration out, or prune by what does, such as",
+    ),
+    "a text for none at several levels": (
+        "prune {model} --method random --sparsity 0.5 0.6 calibration.samples=5",
+        "prune: calibration: random measures nothing on it",
+    ),
     "no tokenizer": (
         "prune {b}/wordless --task {task}",
         "the tokenizer can't be loaded (none of its files is there); put that of the model which this came from there",
@@ -376,6 +384,7 @@ def test_a_bad_recipe_or_override_makes_no_run(phx, tmp_path, monkeypatch, model
             (["good.yaml", "sparsify.sparsity=1"], "good.yaml: sparsify.sparsity=1 should be less than 1"),
             (["good.yaml", "finetune.epoch=1"], "did you mean finetune.epochs?"),
             (["good.yaml", "sparsify.evolution.budget=5"], "sparsify.evolution: it is for allocation=evolutionary"),
+            (["good.yaml", "evaluate.dense_lora_learning_rate=1", "evaluate.baselines=[]"], "no dense LoRA is trained"),
             (["good.yaml", "nonsense"], "'nonsense' is not key=value"),
             (["good.yaml", "model=./nowhere"], "./nowhere is not a directory"),
         ):

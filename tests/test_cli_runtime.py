@@ -3,10 +3,11 @@
 import json
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
-from phoenix_sparse import cli, demo
+from phoenix_sparse import cli, demo, training_speed
 from phoenix_sparse.errors import PhoenixError
 
 
@@ -49,6 +50,18 @@ def test_bench_writes_its_record(sparse, tmp_path):
     assert record["weight_bytes"]["sparse"] < record["weight_bytes"]["dense"]
     assert record["host"]["cores"] > 0
     assert "training" not in record
+
+
+def test_bench_s_threads_are_those_of_training_too(sparse, monkeypatch):
+    def measured(*_: object, **__: object) -> None:
+        raise PhoenixError(f"{torch.get_num_threads()} threads")
+
+    monkeypatch.setattr(training_speed, "measure_training", measured)
+    before = torch.get_num_threads()
+    try:
+        assert str(phx("bench", sparse, "--training", "--threads", before + 1).exception) == f"{before + 1} threads"
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_bench_measures_training(sparse, tmp_path):

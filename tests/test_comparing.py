@@ -134,6 +134,7 @@ def test_recipes_differ_in_the_pruning_alone():
         (["wanda"], ["evaluate.split=test"], "evaluate needs split: validation"),
         (["wanda"], ["evaluate.baselines=[]"], "and pruned among its baselines"),
         (["wanda", "owl"], ["evolution.budget=5"], "compare: evolution: it is for allocation=evolutionary"),
+        (["wanda"], ["evaluate.dense_lora_learning_rate=1"], "compare: evaluate.dense_lora_learning_rate: no dense"),
         (["wanda"], ["finetune.epoch=1"], "compare: finetune.epoch is no field; did you mean finetune.epochs"),
         (["wanda"], ["sparsity=0.7", "calibration.samples=0"], "sparsify.calibration.samples=0 should be greater"),
         (["wanda", "2:4"], ["sparsity=0.7"], "compare: 2:4: sparsify.pattern: 2:4 is sparsity 0.5; set sparsity to"),
@@ -148,6 +149,7 @@ def test_what_does_not_fit_is_refused(specs, overrides, words):
 def test_settings_of_the_search_are_for_the_spec_that_searches():
     recipes = comparison_recipes(VALUES, ["wanda", "wanda+evolutionary"], ["evolution.budget=5"])
     assert recipes["wanda+evolutionary"].sparsify.evolution.budget == 5
+    comparison_recipes(VALUES, ["random"], ["calibration.samples=5"])  # wanda may be added to it later
 
 
 @pytest.fixture

@@ -274,7 +274,7 @@ def test_a_finished_run_is_kept_and_a_tampered_one_mended(calm, recipe_file):
 
 
 def test_examples_that_all_are_too_long_are_told_before_the_pruning(tmp_path, model_directory, task_directory):
-    """One that fits is enough; what is left out beside it is counted in tune.json."""
+    """One that fits is enough; what is left out beside it is counted."""
     task = tmp_path / "sums"
     shutil.copytree(task_directory, task)
     rows = [{"question": f"{number}+1", "answer": "one more than that " + str(number)} for number in range(20)]

@@ -11,7 +11,8 @@ from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.evaluation.settings import EvaluateSettings
 from phoenix_sparse.finetuning.settings import FinetuneSettings, SearchSettings
 from phoenix_sparse.pruning.settings import CalibrationSettings, SparsifySettings
-from phoenix_sparse.recipe import Recipe, check, dump_recipe, load_recipe, override
+from phoenix_sparse.recipe import Recipe, check, dump_recipe, load_recipe, override, without_idle
+from phoenix_sparse.sweep.matrix import load_sweep
 from phoenix_sparse.tasks.settings import TaskSettings
 
 RECIPES = sorted(
@@ -121,6 +122,93 @@ def test_evaluations_of_nsga2_need_ranks_to_search(finetune, words):
     assert words in refusal(lambda: check(Recipe, values | {"search": {"nsga2": 4}}, "test"))
     check(Recipe, values, "test")  # hill climbing, which is on unless turned off, passes over it
     check(Recipe, values | {"search": {"nsga2": 4}, "finetune": {"ranks": {"q_proj": [8], "*": [4, 2]}}}, "test")
+
+
+IDLE = [
+    (
+        {"sparsify": {"importance": "random", "calibration": {"samples": 4}}},
+        "sparsify.calibration: random measures nothing on it",
+    ),
+    (
+        {"sparsify": {"importance": "magnitude", "calibration": {"source": "text", "text": "a.txt"}}},
+        "sparsify.calibration: magnitude measures nothing on it; leave calibration out, or prune by what does",
+    ),
+    (
+        {"sparsify": {"importance": "taylor", "calibration": {"source": "text", "text": "a.txt"}}},
+        "sparsify.calibration: the gradients of taylor are of the task's examples, not of a text; leave source",
+    ),
+    ({"sparsify": {"evolution": {"budget": 4}}}, "sparsify.evolution: it is for allocation=evolutionary, and this one"),
+    (
+        {"evaluate": {"dense_lora_learning_rate": 0.1, "baselines": ["dense"]}},
+        "evaluate.dense_lora_learning_rate: no dense LoRA is trained; leave its rate out, or add dense_lora to",
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "words"), IDLE)
+def test_settings_that_a_run_does_not_look_at_are_refused_for_it(values, words):
+    recipe = check(Recipe, LEAST | values, "test")  # of several runs, another may look at them
+    assert refusal(lambda: without_idle(recipe, [])).startswith(words)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"sparsify": {"importance": "random"}},
+        {"sparsify": {"calibration": {"samples": 4}}},
+        {"sparsify": {"importance": "magnitude", "update": "dsnot", "calibration": {"samples": 4}}},
+        {"sparsify": {"importance": "magnitude", "allocation": "owl", "calibration": {"samples": 4}}},
+        {"sparsify": {"importance": "taylor", "calibration": {"samples": 4}}},
+        {"sparsify": {"importance": "gblm", "calibration": {"source": "text", "text": "a.txt"}}},
+        {"sparsify": {"allocation": "evolutionary", "evolution": {"budget": 4}}},
+        {"evaluate": {"dense_lora_learning_rate": 0.1}},
+        {"evaluate": {"dense_lora_learning_rate": 0.1, "baselines": []}, "finetune": {"distill": {}}},
+    ],
+)
+def test_settings_that_a_run_looks_at_are_not(values, tmp_path):
+    recipe = check(Recipe, LEAST | values, "test")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(recipe))  # every default written out
+    assert without_idle(load_recipe(path), []) == recipe
+
+
+FEW = {"sparsify": {"calibration": {"samples": 4}}}
+SEARCHED = {"sparsify": {"allocation": "evolutionary", "evolution": {"budget": 4}}}
+OWN_RATE = {"evaluate": {"dense_lora_learning_rate": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("there", "changes", "idle"),
+    [
+        (FEW, ["sparsify.importance=random"], []),
+        (FEW, ["sparsify.importance=random", "sparsify.calibration.length=9"], ["sparsify.calibration"]),
+        (FEW, ["sparsify={importance: random, calibration: {samples: 4}}"], ["sparsify.calibration"]),
+        (SEARCHED, ["sparsify.allocation=uniform"], []),
+        (SEARCHED, ["sparsify.allocation=owl", "sparsify.evolution.budget=5"], ["sparsify.evolution"]),
+        (OWN_RATE, ["evaluate.baselines=[]"], []),
+        (OWN_RATE, ["evaluate={baselines: [], dense_lora_learning_rate: 2}"], ["evaluate.dense_lora_learning_rate"]),
+        # a choice that wasn't changed here: the file itself says what does nothing
+        ({"sparsify": FEW["sparsify"] | {"importance": "random"}}, ["sparsify.sparsity=0.7"], ["sparsify.calibration"]),
+        ({"evaluate": OWN_RATE["evaluate"] | {"baselines": []}}, ["seed=1"], ["evaluate.dense_lora_learning_rate"]),
+    ],
+)
+def test_what_a_changed_choice_has_no_use_for_goes_with_the_choice_before(there, changes, idle):
+    named = [text.partition("=")[0] for text in changes]
+    recipe = check(Recipe, override(LEAST | there, changes), "test")
+    if idle:
+        assert refusal(lambda: without_idle(recipe, named)).startswith(f"{idle[0]}: ")
+    else:
+        assert without_idle(recipe, named) == check(Recipe, override(LEAST, changes), "test")
+    assert without_idle(recipe, [], shared=True).idle == {}
+
+
+def test_a_sweep_and_a_recipe_are_told_apart(tmp_path):
+    path = tmp_path / "file.yaml"
+    path.write_text(yaml.safe_dump({"name": "a", "models": ["demo"], "tasks": ["demo"], "methods": {}}))
+    assert f"{path} is a sweep of many runs; give it to `phx sweep run`" in refusal(lambda: load_recipe(path))
+    path.write_text(yaml.safe_dump(LEAST))
+    assert f"{path} is the recipe of one run; give it to `phx run`" in refusal(lambda: load_sweep(path))
 
 
 def test_what_does_not_fit_is_told_all_at_once():

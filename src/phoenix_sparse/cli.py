@@ -17,9 +17,11 @@ from phoenix_sparse.commands import (
     refuse_existing,
     refuse_idle,
     refuse_run,
+    require_masks,
     require_task,
     require_writable_file,
     say,
+    say_trained,
     set_up,
     usage,
     workplace,
@@ -172,17 +174,14 @@ def tune(
     from phoenix_sparse.recipe import check, override
 
     chosen = check(FinetuneSettings, override({}, settings or ()), "tune")
-    if chosen.mode == "sparse_to_sparse" and masks is None:
-        raise PhoenixError("tune: mode=sparse_to_sparse trains through masks; give --masks, or mode=sparse_to_dense")
-    if chosen.mode == "sparse_to_dense" and masks is not None:
-        raise PhoenixError("tune: mode=sparse_to_dense trains without masks; leave --masks out")
+    require_masks(chosen.mode, masks)
     refuse_existing(out / "adapter" / "super")
     with set_up(dtype, device, seed, out) as machine:
         through = steps.read_masks(masks) if masks else None
         source, examples = model_directory(model), named_task(task, data, seed)
         with workplace(out, [source, masks], [chosen, examples.record(), dtype, device, seed]) as work:
             steps.tune(source, through, examples, chosen, out, machine, work=work)
-    say(f"adapter: {out / 'adapter' / 'super'}")
+    say_trained(out, out / "adapter" / "super")
 
 
 @app.command()

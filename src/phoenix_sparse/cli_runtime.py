@@ -32,8 +32,9 @@ def flops(
     out: Annotated[Path | None, typer.Option(help="a directory to write flops.json to", show_default=False)] = None,
     prompt_length: Annotated[int, typer.Option(help="tokens of the prompt")] = 512,
     context_length: Annotated[int, typer.Option(help="positions that a decoded token attends to")] = 1024,
+    rank: Annotated[int, typer.Option(min=1, help="of the adapters on all linears, for training")] = 32,
 ) -> None:
-    """Count FLOPs per token and layer, dense and sparse, and project them onto machines.
+    """Count FLOPs per token and layer, dense and sparse, of inference and training; project them onto machines.
 
     MODEL may also be llama-3-8b, llama-7b, mistral-7b-v0.3 or mixtral-8x7b, whose configurations come with Phoenix.
     """
@@ -57,7 +58,7 @@ def flops(
     with set_up("auto", "cpu", 0, out), tempfile.TemporaryDirectory() as place:
         source = shipped_configuration(model) or model_directory(model)
         where = out or Path(place)
-        steps.flops(source, steps.read_masks(masks) if masks else None, settings, where, sparsity=sparsity)
+        steps.flops(source, steps.read_masks(masks) if masks else None, settings, where, sparsity=sparsity, rank=rank)
         counted = read_json(where / "flops.json")
     OUT.print(flops_table(counted), projection_table(counted))
     if out is not None:
@@ -149,6 +150,8 @@ def bench(
 
     With --training also samples per second of fine-tuning, through the mask against a plain LoRA.
     """
+    import torch
+
     from phoenix_sparse.console import OUT, showing
     from phoenix_sparse.files import write_json
     from phoenix_sparse.pipeline import model_directory
@@ -168,6 +171,8 @@ def bench(
     batches = batch or [1, 4, 16]
     if min(batches) < 1:
         raise PhoenixError(f"bench: --batch {min(batches)} is no number of sequences; give 1 or more")
+    if threads is not None:
+        torch.set_num_threads(threads)  # of all that is measured
     with showing() as show:
         steps = {}
         if training:  # first: it refuses what the other measures can do with

@@ -39,8 +39,13 @@ def report(
     """Write a run's report.html and model card anew, or, with --out, an analysis over many runs."""
     from phoenix_sparse.report import build_report
     from phoenix_sparse.report.overview import PUBLISHED, SUMMARY, build_overview
+    from phoenix_sparse.report.run_rows import find_runs
 
     if out is None:
+        if find_runs(directory) != [directory]:
+            raise PhoenixError(
+                f"{directory} holds runs and is none; add --out DIR to analyse them, or give one of them"
+            )
         say(f"report: {build_report(directory)}")
         return
     require_writable(out)
@@ -130,8 +135,9 @@ def status(file: SweepFile, overrides: Overrides = None, *, out: Out = None) -> 
             say(f"{one.state}: {one.name} ({one.stage or 'starting'}, attempt {one.attempts})")
     _tell_failures(found)
     say(_counted(found))
-    if any(one.state == "interrupted" for one in found):
-        say(f"`phx sweep resume {places.out}` goes on with what was interrupted")
+    states = {one.state for one in found}
+    if "interrupted" in states and "running" not in states:  # else the sweep may be at work, and come to it itself
+        say(f"{places.resume} goes on with what was interrupted")
 
 
 @sweep.command(hidden=True)
@@ -151,7 +157,7 @@ def one(
         _run_cell(places, name, share=share, models=models)
     except KeyboardInterrupt:
         note(places.cell(name), "interrupted", pid=os.getpid())
-        typer.echo("interrupted; `phx sweep resume` goes on from the last checkpoint", err=True)
+        typer.echo(f"interrupted; {places.resume} goes on from the last checkpoint", err=True)
         raise typer.Exit(130) from None
 
 
@@ -213,13 +219,16 @@ def _run(file: Path, overrides: list[str] | None, out: Path | None, *, resume: b
     from phoenix_sparse.console import ERR, showing
     from phoenix_sparse.report.series import counted
     from phoenix_sparse.sweep.matrix import load_sweep
+    from phoenix_sparse.sweep.places import Places
     from phoenix_sparse.sweep.planning import check_inputs
-    from phoenix_sparse.sweep.running import run_sweep
+    from phoenix_sparse.sweep.running import require_place, run_sweep
 
     loaded = load_sweep(file, overrides or ())
+    directory = out or Path("sweeps") / loaded.settings.name
+    require_writable(directory)
+    require_place(loaded, directory, resume=resume)
     with showing():
         check_inputs(loaded)
-    directory = out or Path("sweeps") / loaded.settings.name
 
     def tell(one: Any, count: int, total: int) -> None:
         took = f" in {one.seconds:.1f} s" if one.seconds is not None else ""
@@ -236,7 +245,7 @@ def _run(file: Path, overrides: list[str] | None, out: Path | None, *, resume: b
     say(_counted(found), f"registry: {directory / 'registry.csv'}")
     states = {one.state for one in found}
     if states - {"done", "failed"}:
-        typer.echo(f"phx: stopped; go on with `phx sweep resume {directory}`", err=True)
+        typer.echo(f"phx: stopped; go on with {Places(directory).resume}", err=True)
         raise typer.Exit(130)
     if "failed" in states:
         raise typer.Exit(PARTLY)

@@ -60,12 +60,11 @@ def named_task(name: str, data: Path | None, seed: int, **more: Any) -> Any:
 
 
 def checked_recipe(path: Path, overrides: Iterable[str] | None) -> Any:
-    """Read the recipe of one run, in which no setting may be for a search that another run would do."""
-    from phoenix_sparse.recipe import load_recipe
+    """Read the recipe of one run, in which no setting may be for what only another run would do."""
+    from phoenix_sparse.recipe import load_recipe, without_idle
 
-    recipe = load_recipe(path, overrides or ())
-    recipe.sparsify.require_searched("sparsify.")
-    return recipe
+    changes = list(overrides or ())
+    return without_idle(load_recipe(path, changes), [text.partition("=")[0] for text in changes])
 
 
 def refuse_idle(command: str, of: str, given: Any, options: Mapping[str, Any]) -> None:
@@ -79,6 +78,14 @@ def require_task(name: str | None, data: Path | None) -> None:
     """Refuse data without the task that it is of."""
     if name is None and data is not None:
         raise PhoenixError(f"--data: {data} is the data of a task, and none is given; give --task, or leave --data out")
+
+
+def require_masks(mode: str, masks: Path | None) -> None:
+    """Refuse a mode of training without the masks that it is for, and masks that it would not look at."""
+    if mode == "sparse_to_sparse" and masks is None:
+        raise PhoenixError("tune: mode=sparse_to_sparse trains through masks; give --masks, or mode=sparse_to_dense")
+    if mode == "sparse_to_dense" and masks is not None:
+        raise PhoenixError("tune: mode=sparse_to_dense trains without masks; leave --masks out")
 
 
 @contextmanager
@@ -161,6 +168,15 @@ def workplace(out: Path, files: list[Path | None], settings: list[Any]) -> Itera
     key = repr([sha256(file) if file else None for file in files] + settings)
     yield out / ".work" / hashlib.sha256(key.encode()).hexdigest()[:16]
     shutil.rmtree(out / ".work", ignore_errors=True)
+
+
+def say_trained(out: Path, adapter: Path) -> None:
+    """Say where a training left its adapter, and how many examples it left out, if any."""
+    from phoenix_sparse.files import read_json
+
+    if short := read_json(out / "tune.json")["examples_left_out"]:
+        say(f"training examples left out, too long for max_length: {short}")
+    say(f"adapter: {adapter}")
 
 
 def say(*lines: str) -> None:

@@ -132,8 +132,11 @@ def comparison_recipes(
             if other.sparsify == recipe.sparsify or other.name.casefold() == recipe.name.casefold():
                 raise PhoenixError(f"compare: {text!r} and {spec.text!r} are the same; leave one out")
         found[spec.text] = recipe
-    if not any(recipe.sparsify.allocation == "evolutionary" for recipe in found.values()):
-        whole.sparsify.require_searched("compare: ")
+    for recipe in found.values():
+        for field, why in recipe.idle.items():
+            # Calibration is shared with initialisations that are added to the comparison later.
+            if field != "sparsify.calibration" and not any(other.uses(field) for other in found.values()):
+                raise PhoenixError(f"compare: {field.removeprefix('sparsify.')}: {why}")
     return found
 
 

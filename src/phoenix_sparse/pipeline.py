@@ -187,9 +187,7 @@ def _require_text(recipe: Recipe, model: Path, tokenizer: Any) -> None:
 
 def _require_dense_rate(recipe: Recipe) -> None:
     """Refuse to train the dense LoRA, as a baseline or as the teacher, at a rate that is meant for whole weights."""
-    distill = recipe.finetune.distill
-    trained = "dense_lora" in recipe.evaluate.baselines or (distill is not None and distill.teacher == "dense_lora")
-    if trained and recipe.finetune.method == "full" and recipe.evaluate.dense_lora_learning_rate is None:
+    if recipe.trains_dense and recipe.finetune.method == "full" and recipe.evaluate.dense_lora_learning_rate is None:
         raise PhoenixError(
             "evaluate.dense_lora_learning_rate: the dense LoRA is an adapter, whose rate isn't that of method: full; "
             "give it its own, such as 3e-4, or leave dense_lora out of evaluate.baselines"

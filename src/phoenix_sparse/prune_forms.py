@@ -72,7 +72,7 @@ class Given:
 def prune_model(given: Given) -> None:
     """Step 1 of a run: masks, allocation, plot and pruned model."""
     (chosen,), out = given.check(), given.out
-    chosen.require_searched("prune: ")
+    chosen.require_used("prune: ")
     given.require_text(chosen)
     refuse_existing(out / "masks.safetensors")
     with set_up(given.dtype, given.device, given.seed, out) as machine:
@@ -102,6 +102,7 @@ def prune_levels(given: Given, *, method: str | None, format: str | None, plot: 
     more = {"random": {"importance": "random"}, "structured": {"pattern": "structured"}}.get(settings.method, {})
     every = given.check(update="none", **more)  # scores alone: the model's weights stay as they are
     levels, scoring = [chosen.sparsity for chosen in every], every[0]
+    scoring.require_used("prune: ")
     given.require_text(scoring)
     files = level_files(levels, settings)
     if len(levels) > len({names["masks"] for names in files.values()}):

@@ -2,7 +2,7 @@
 
 import copy
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -18,6 +18,14 @@ from phoenix_sparse.settings import Device, DirectoryName, Dtype, Settings
 from phoenix_sparse.tasks.settings import TaskSettings
 
 S = TypeVar("S", bound=Settings)
+
+
+# Settings that some choices alone look at, with the fields that choose.
+CHOSEN_BY = {
+    "sparsify.calibration": ("sparsify.importance", "sparsify.update", "sparsify.allocation"),
+    "sparsify.evolution": ("sparsify.allocation",),
+    "evaluate.dense_lora_learning_rate": ("evaluate.baselines", "finetune.distill"),
+}
 
 
 class Recipe(Settings):
@@ -44,6 +52,27 @@ class Recipe(Settings):
             raise ValueError(f"search.nsga2: {one}, so there is one candidate and no search; set search.nsga2=0")
         return self
 
+    @property
+    def trains_dense(self) -> bool:
+        """Whether the dense LoRA is trained, as a baseline or as the teacher."""
+        distill = self.finetune.distill
+        return "dense_lora" in self.evaluate.baselines or (distill is not None and distill.teacher == "dense_lora")
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """The fields that were changed and that this run doesn't look at, with what is wrong and would be right."""
+        found = {f"sparsify.{section}": why for section, why in self.sparsify.idle.items()}
+        if self.evaluate.dense_lora_learning_rate is not None and not self.trains_dense:
+            found["evaluate.dense_lora_learning_rate"] = (
+                "no dense LoRA is trained; leave its rate out, or add dense_lora to evaluate.baselines"
+            )
+        return found
+
+    def uses(self, field: str) -> bool:
+        """Whether the run looks at one of the fields of `CHOSEN_BY`."""
+        section, _, name = field.partition(".")
+        return self.sparsify.uses(name) if section == "sparsify" else self.trains_dense
+
 
 def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe and change some of its values.
@@ -64,6 +93,8 @@ def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
         raise PhoenixError(f"recipe: {path} is not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise PhoenixError(f"recipe: {path} must hold keys and values, such as model: and task:")
+    if "models" in content and "model" not in content:
+        raise PhoenixError(f"recipe: {path} is a sweep of many runs; give it to `phx sweep run`, or a recipe here")
     return check(Recipe, override(content, overrides), str(path))
 
 
@@ -106,6 +137,49 @@ def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, A
     return result
 
 
+def without_idle(recipe: Recipe, named: Collection[str], *, shared: bool = False) -> Recipe:
+    """The recipe of one run without settings that the run doesn't look at.
+
+    What a file says for a choice in whose place another is set goes with that choice: the calibration where an
+    importance is set that measures nothing on it. So does what several runs share, for those that don't look at it.
+
+    Args:
+        recipe: checked.
+        named: the fields that were set over the file, by their dotted names.
+        shared: whether the file is that of several runs.
+
+    Raises:
+        PhoenixError: a field was set that does nothing, or the file itself says one beside the choice that ignores it.
+    """
+    sections: dict[str, Any] = {}
+    for field, why in recipe.idle.items():
+        chosen_anew = shared or any(_names(named, choice) for choice in CHOSEN_BY[field])
+        if _names(named, field) or not chosen_anew:
+            raise PhoenixError(f"{field}: {why}")
+        section, _, name = field.partition(".")
+        here = sections.get(section, getattr(recipe, section))
+        sections[section] = here.model_copy(update={name: type(here).model_fields[name].default})
+    return recipe.model_copy(update=sections)
+
+
+def _names(dotted: Iterable[str], field: str) -> bool:
+    """Whether one of several dotted names is the field, a part of it, or a section that has it."""
+    return any(f"{name}.".startswith(f"{field}.") or f"{field}.".startswith(f"{name}.") for name in dotted)
+
+
+def is_changed(values: Mapping[str, Any], field: str) -> bool:
+    """Whether plain values of a recipe say something else than the default in a field of `CHOSEN_BY`."""
+    usual: Any = Recipe(name="any", model="any", task="any").model_dump(mode="json")  # type: ignore[arg-type]
+    given: Any = values
+    for name in field.split("."):
+        if not isinstance(given, Mapping) or name not in given:
+            return False
+        given, usual = given[name], usual[name]
+    if isinstance(given, Mapping):
+        return any(usual.get(name) != value for name, value in given.items())
+    return bool(given != usual)
+
+
 def check(kind: type[S], values: Mapping[str, Any], where: str) -> S:
     """Build settings from plain values; what doesn't fit is told in one line, field by field."""
     try:
@@ -131,7 +205,7 @@ def _explain(kind: type[BaseModel], problem: Any) -> str:
         wanted = _section(kind, place[:-1]).model_fields.get(place[-1])
         return f"{field} is missing" + (f" ({wanted.description})" if wanted and wanted.description else "")
     if what == "model_type":
-        return f"{field}={_short(given)} should be a section with keys such as {next(_names(_section(kind, place)))}"
+        return f"{field}={_short(given)} should be a section with keys such as {next(_fields(_section(kind, place)))}"
     message = problem["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
     message = message.replace("Tuple should have", "Input should have").replace(" after validation", "")
     if what == "path_type":
@@ -150,19 +224,19 @@ def _instead(kind: type[BaseModel], place: tuple[Any, ...]) -> str:
     """What somebody may have meant: a field of that very name in another section, or one of a similar name here."""
     *path, wrong = place
     here = _section(kind, path)
-    meant = [name for name in _names(kind) if name.rsplit(".", 1)[-1] == wrong]
+    meant = [name for name in _fields(kind) if name.rsplit(".", 1)[-1] == wrong]
     close = difflib.get_close_matches(str(wrong), here.model_fields, 1)
     meant = meant or [".".join(map(str, [*path, name])) for name in close]
     return f"did you mean {' or '.join(meant)}?" if meant else f"known here: {', '.join(here.model_fields)}"
 
 
-def _names(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def _fields(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """All fields and the fields of sections, with dots."""
     for name in kind.model_fields:
         yield prefix + name
         inner = _section(kind, [name])
         if inner is not kind:
-            yield from _names(inner, f"{prefix}{name}.")
+            yield from _fields(inner, f"{prefix}{name}.")
 
 
 def _section(kind: type[BaseModel], path: Iterable[Any]) -> type[BaseModel]:

@@ -1,6 +1,7 @@
 """The analysis over runs: means, intervals, fronts and pairs by hand; pages that show what the files say."""
 
 import csv
+import json
 import math
 import random
 import re
@@ -163,6 +164,25 @@ def test_an_unfinished_run_is_named_and_left_out(tmp_path, files):
         assert rows[runs[0].name]["status"] == {"running": "unfinished"}.get(status, status)
 
 
+def test_cells_of_a_sweep_without_a_run_are_named(tmp_path, files):
+    runs = write_runs(tmp_path / "runs", files, methods=["wanda"], sparsities=[0.5])
+    for name in [*(run.name for run in runs), "waits"]:
+        cell = tmp_path / "cells" / name
+        cell.mkdir(parents=True)
+        axes = {"model": "m", "task": "t", "method": "wanda", "sparsity": 0.5, "mode": "s2s", "seed": 3}
+        (cell / "cell.json").write_text(json.dumps(axes))
+    told: list[str] = []
+    page = build_overview(tmp_path, tmp_path / "out", tell=told.append).read_text()
+    assert told == ["1 run: 1 missing"]
+    assert f"1 of {len(runs) + 1} runs didn’t finish and is left out: waits (missing)." in page
+    row = list(csv.DictReader((tmp_path / "out" / SUMMARY).open()))[-1]
+    assert (row["directory"], row["status"], row["target_sparsity"], row["accuracy"]) == ("waits", "missing", "0.5", "")
+    assert f"{len(runs)} runs" in (tmp_path / "out" / PUBLISHED).read_text()
+    told.clear()
+    build_overview(tmp_path / "runs", tmp_path / "out", tell=told.append)  # which is no sweep's directory
+    assert told == []
+
+
 def test_of_many_unfinished_runs_a_few_are_named(tmp_path, files):
     runs = write_runs(tmp_path / "runs", files)
     for run in runs[1:]:
@@ -314,6 +334,10 @@ def test_counted_flops_are_not_called_speed(tmp_path, files):
     assert "Accuracy against FLOPs" in headings
     timed = [row | {"decode_tokens_per_second": 2.0, "decode_tokens_per_second_dense": 1.0} for row in rows]
     assert "Accuracy against speed" in [heading for _, heading, _ in sections(timed)]
+    # Seeds are those of the runs that were timed.
+    some = [row if row["seed"] == 0 else other for row, other in zip(timed, rows, strict=True)]
+    captions = [plot.caption for identity, _, plots in sections(some) if identity == "pareto" for plot in plots]
+    assert [caption.split("; ")[1].split(".")[0] for caption in captions] == ["one seed", "means over 2 seeds"]
 
 
 def test_the_dense_model_has_no_error_over_seeds(tmp_path, files):

@@ -1,5 +1,6 @@
 """Tables in the terminal."""
 
+import re
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -10,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from phoenix_sparse.errors import PhoenixError
-from phoenix_sparse.report import bench_tables, compare_table, flops_table, plan_table, summary_table
+from phoenix_sparse.report import bench_tables, build_report, compare_table, flops_table, plan_table, summary_table
+from phoenix_sparse.report.run_rows import run_row
 
 Write = Callable[[dict[str, Any]], Path]
 
@@ -26,6 +28,22 @@ def test_summary(files: dict[str, Any], write_run: Write) -> None:
     for expected in ("41.2% ± 1.4", "12.0% ± 0.9", "42.5% ± 1.4", "3.2% ± 0.5", "50.1%", "dense LoRA", "×)"):
         assert expected in text
     assert "not measured" not in text
+
+
+def test_examples_that_were_too_long_are_told(files: dict[str, Any], write_run: Write) -> None:
+    assert "left out" not in printed(summary_table(write_run(files)))
+    files["tune.json"]["examples_left_out"] = 0
+    assert "left out" not in printed(summary_table(write_run(files)))
+    files["tune.json"]["examples_left_out"] = 1234
+    directory = write_run(files)
+    train = f"{files['manifest.json']['inputs']['task']['train']:,}"
+    words = f"1,234 of {train}, too long for finetune.max_length"
+    text = " ".join(printed(summary_table(directory)).split())
+    assert f"training examples left out │ {words}" in text
+    build_report(directory)
+    assert f"Training examples left out: {words}." in (directory / "report.html").read_text()
+    assert "Training examples left out: 1,234 of" in (directory / "README.md").read_text()
+    assert run_row(directory)["train_examples_left_out"] == 1234
 
 
 def test_nothing_is_filled_in(files: dict[str, Any], write_run: Write) -> None:
@@ -93,5 +111,11 @@ def test_bench_tables_keep_their_brackets():
     }
     text = "".join(printed(table) for table in bench_tables(record))
     assert text.count("[quartiles]") == 2
+    assert re.search(r"float32, 1\s+thread\s", text)
+    assert "peak" not in text  # which is known on a GPU alone
+    record["throughput"][0]["peak_bytes"] = {"dense": 3 * 2**20, "sparse": 2**20}
+    text = "".join(printed(table) for table in bench_tables(record))
+    assert "3.0 MiB" in text
+    assert "1.0 MiB" in text
     assert "9.0 [8.0–10.0]" in text
     assert "1.00x" in text

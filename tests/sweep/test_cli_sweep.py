@@ -1,6 +1,8 @@
 """phx sweep, as a user calls it: exit codes and what is said."""
 
+import fcntl
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,7 +16,7 @@ from typer.testing import CliRunner
 
 from phoenix_sparse import cli
 from phoenix_sparse.errors import PhoenixError
-from phoenix_sparse.sweep import launching
+from phoenix_sparse.sweep import launching, planning
 from phoenix_sparse.sweep.places import Places, note
 
 
@@ -98,6 +100,28 @@ def test_a_failed_run_is_exit_code_3_and_resume_mends_it(file):
     assert "to do" not in again
 
 
+def test_a_directory_in_use_is_refused_before_models_and_data_are_read(file, monkeypatch):
+    def read(_sweep: object) -> None:
+        pytest.fail("the inputs were read first")
+
+    def refusal(*arguments: object) -> str:
+        return str(phx("sweep", *arguments).exception)
+
+    missing = "tasks.bad=nowhere"
+    assert "nowhere" in refusal("run", file, missing)
+    assert not Path("sweeps").exists()  # and nothing is made of one whose inputs are wrong
+    phx("sweep", "run", file)
+    monkeypatch.setattr(planning, "check_inputs", read)
+    go_on = "sweeps/mine holds a sweep already; go on with it by `phx sweep resume sweeps/mine`, or give --out"
+    assert refusal("run", file) == go_on
+    assert "sweeps/mine is a sweep with another tasks; " in refusal("resume", file, missing)
+    assert "elsewhere: no sweep.yaml; begin it with" in refusal("resume", file, "--out", "elsewhere")
+    assert "sweep.yaml is not a directory" in refusal("run", file, "--out", file)
+    with Path("sweeps/mine/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "sweeps/mine is in use by another `phx sweep`; wait for it" in refusal("resume", file)
+
+
 def test_damaged_files_of_the_directory_are_named(file):
     Path("sweeps/mine").mkdir(parents=True)
     Path("sweeps/mine/mended").touch()
@@ -122,6 +146,8 @@ def test_one_cell_is_a_run_like_any_other(file):
     assert done.exit_code == 0, done.output
     assert (Path("sweeps/mine/runs") / name / "report.html").is_file()
     assert list(Path("sweeps/mine/shared/sparsify").glob("*/entry.json"))
+    done = phx("report", "sweeps/mine")
+    assert str(done.exception).startswith("sweeps/mine holds runs and is none; add --out DIR to analyse them")
     done = phx("report", "sweeps/mine", "--out", "analysis")
     assert done.exit_code == 0, done.output
     assert "good" in Path("analysis/index.html").read_text()
@@ -165,10 +191,15 @@ def test_a_run_that_noted_its_interruption_has_not_failed(file):
         time.sleep(0.02)
     run.send_signal(signal.SIGTERM)
     assert run.wait(60) == 130
+    said = (places.cell(name) / "log.txt").read_text()
+    assert f"interrupted; {places.resume} goes on from the last checkpoint" in said
     told = phx("sweep", "status", file)
     assert told.exit_code == 0
     assert f"interrupted: {name} (starting, attempt 2)\n" in told.output
     assert "2 runs: 1 interrupted, 1 failed\n`phx sweep resume sweeps/mine` goes on with what was" in told.output
+    note(places.cell("tiny-bad-magnitude-50-s2s-s0"), "begun", attempt=2, pid=os.getpid())  # the sweep is at work
+    assert "resume" not in phx("sweep", "status", file).output
+    note(places.cell("tiny-bad-magnitude-50-s2s-s0"), "ended", attempt=2, exit=2, seconds=1.0, stopped=False)
     done = phx("sweep", "resume", file)
     assert done.exit_code == 3, done.output
     assert "2 runs: 1 done, 1 failed" in done.output

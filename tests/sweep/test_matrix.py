@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phoenix_sparse.errors import PhoenixError
-from phoenix_sparse.recipe import Recipe, check, dump_recipe
+from phoenix_sparse.pruning.settings import SparsifySettings
+from phoenix_sparse.recipe import Recipe, check, dump_recipe, without_idle
 from phoenix_sparse.sweep.matrix import load_sweep, resolve
 from phoenix_sparse.sweep.planning import shared_counts
 from phoenix_sparse.sweep.settings import SweepSettings
@@ -112,6 +113,19 @@ def test_exclusions_take_away_what_they_name(sparsities, seeds, out):
         ({"engine": {"gpus": [0, 0]}}, "names a GPU twice"),
         ({"engine": {"provider": {"kind": "pbs", "walltime": "1h"}}}, "needs hours, minutes and seconds in quotes"),
         ({"base": "nowhere.yaml"}, "nowhere.yaml can't be read"),
+        # what no run looks at
+        (
+            {"base": {"sparsify": {"calibration": {"samples": 4}}}},
+            "base.sparsify.calibration: no run of the sweep has use for it; leave it out",
+        ),
+        (
+            {"base": {"evaluate": {"dense_lora_learning_rate": 1, "baselines": []}}},
+            "base.evaluate.dense_lora_learning_rate: no run",
+        ),
+        (
+            {"methods": {"chance": {"importance": "random", "calibration": {"samples": 4}}}},
+            "8 of 8 cells are wrong: demo-other-chance-0-s2s-s0 and 7 more: sparsify.calibration: random measures",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line_before_anything_runs(tmp_path, changes, message):
@@ -148,6 +162,28 @@ def test_methods_prune_as_they_say_whatever_the_base_says(tmp_path):
     sweep = load_sweep(write(tmp_path, base="base.yaml", methods=methods, sparsities=[0.5]))
     found = {cell.axes["method"]: cell.recipe.sparsify.update for cell in sweep.cells}
     assert found == {"usual": "sparsegpt", "wanda": "none", "alps": "alps"}
+
+
+def test_what_methods_share_is_for_those_that_look_at_it(tmp_path):
+    pruning = {"calibration": {"samples": 4}, "evolution": {"budget": 4}}
+    methods = {
+        "plain": {"importance": "magnitude"},
+        "wanda": {"importance": "wanda"},
+        "searched": {"allocation": "evolutionary"},
+    }
+    sweep = load_sweep(write(tmp_path, base={"sparsify": pruning}, methods=methods))
+    found = {
+        cell.axes["method"]: (cell.recipe.sparsify.calibration.samples, cell.recipe.sparsify.evolution.budget)
+        for cell in sweep.cells
+    }
+    usual = SparsifySettings()
+    assert found["plain"] == (usual.calibration.samples, usual.evolution.budget)
+    assert found["wanda"][0] == 4
+    assert found["searched"] == (4, 4)
+    for cell in sweep.cells:  # so that each cell's recipe is one that `phx run` takes
+        assert without_idle(cell.recipe, []) == cell.recipe
+    tasks = {"trained": {"task.name": "demo", "evaluate.baselines": ["dense_lora"]}, "plain": "demo"}
+    load_sweep(write(tmp_path, tasks=tasks, base={"evaluate": {"dense_lora_learning_rate": 1, "baselines": []}}))
 
 
 def test_a_base_may_be_a_recipe_beside_the_sweep(tmp_path):

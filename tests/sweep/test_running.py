@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import sys
 from pathlib import Path
 
@@ -144,11 +145,17 @@ def test_states_are_read_from_the_files_alone(tmp_path):
         assert one.state == "failed"
         assert one.reason is not None
         assert one.reason.startswith(str(manifest))
-        assert f"delete {places.run(name)}, then `phx sweep resume` begins this run anew" in one.reason
+        assert f"delete {places.run(name)}, then {places.resume} begins this run anew" in one.reason
     note(cell, "begun", attempt=4, pid=os.getpid())
     note(cell, "ended", attempt=4, exit=0, seconds=4.0, stopped=False)
     manifest.unlink()
-    assert "is gone" in str(standing(places, name).reason)
+    assert f"is gone; {places.resume} begins this run anew" in str(standing(places, name).reason)
+
+
+@pytest.mark.parametrize("name", ["sweeps/mine", "with a space", "it's mine; rm"])
+def test_the_command_to_go_on_with_can_be_copied_into_a_shell(name):
+    command = Places(Path(name)).resume
+    assert shlex.split(command.strip("`")) == ["phx", "sweep", "resume", name]
 
 
 def test_of_a_run_on_another_machine_its_record_is_known(tmp_path, monkeypatch):
@@ -172,6 +179,7 @@ def test_a_damaged_result_is_that_cell_s_failure(tmp_path, file):
     assert counts(found)["failed"] == 1
     assert str(found[0].reason).startswith(str(broken))
     assert (f"delete {broken.parent}," in str(found[0].reason)) == (file == "recipe.yaml")
+    assert (places.resume in str(found[0].reason)) == (file != "bench.json")
     write_registry(places, cells, found)
     table = pandas.read_csv(out / "registry.csv")
     assert list(table["state"]) == ["failed", "done", "done", "done"]

@@ -172,19 +172,43 @@ class SparsifySettings(Settings):
             raise ValueError(f"group: {self.update} compares in its own way; leave group out, or {self.update}")
         return self
 
-    def require_searched(self, where: str) -> None:
-        """Refuse settings of a search of the allocation where nothing is searched.
+    @property
+    def idle(self) -> dict[str, str]:
+        """The sections that were changed and that nothing looks at, each with what is wrong and what would be right.
 
-        Not a check of the settings themselves: a sweep's base and a comparison have them for whichever run searches.
-
-        Raises:
-            PhoenixError: `evolution` was changed, and the allocation isn't evolutionary.
+        Not a check of the settings themselves: a sweep's base and a comparison have them for whichever run uses them.
         """
-        if self.allocation != "evolutionary" and self.evolution != EvolutionSettings():
-            raise PhoenixError(
-                f"{where}evolution: it is for allocation=evolutionary, and this one is {self.allocation}; set that, or "
+        found = {}
+        if self.evolution != EvolutionSettings() and not self.uses("evolution"):
+            found["evolution"] = (
+                f"it is for allocation=evolutionary, and this one is {self.allocation}; set that, or "
                 "leave evolution out"
             )
+        if self.calibration != CalibrationSettings() and not self.uses("calibration"):
+            found["calibration"] = (
+                f"{self.importance} measures nothing on it; leave calibration out, or prune by what does, such as wanda"
+            )
+        elif self.calibration.text is not None and not self.reads_tokens:
+            found["calibration"] = (
+                f"the gradients of {self.importance} are of the task's examples, not of a text; leave source and "
+                "text out"
+            )
+        return found
+
+    def uses(self, section: str) -> bool:
+        """Whether anything of it looks at `evolution` or `calibration`."""
+        if section == "evolution":
+            return self.allocation == "evolutionary"
+        return self.reads_tokens or self.reads_gradients
+
+    def require_used(self, where: str) -> None:
+        """Refuse settings that do nothing.
+
+        Raises:
+            PhoenixError: naming the first section that is idle.
+        """
+        for section, why in self.idle.items():
+            raise PhoenixError(f"{where}{section}: {why}")
 
     @property
     def parsed_pattern(self) -> Pattern:

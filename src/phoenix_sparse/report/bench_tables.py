@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from phoenix_sparse.report.series import counted
 from phoenix_sparse.report.text import size
 
 if TYPE_CHECKING:
@@ -24,15 +25,17 @@ def _throughput(record: Mapping[str, Any]) -> "Table":
     weights = record["weight_bytes"]
     title = (
         f"{record['model']}: weights {size(weights['dense'])} dense, {size(weights['sparse'])} packed "
-        f"({record['values']} values{_kept(record)}); {record['dtype']}, {record['threads']} threads"
+        f"({record['values']} values{_kept(record)}); {record['dtype']}, {counted(record['threads'], 'thread')}"
     )
     table = Table(
         title=Text(title),
         title_justify="left",
-        caption=Text("tokens a second: median [quartiles]"),
+        caption=Text("tokens a second: median [quartiles]; sparse / dense: median of the turns' ratios"),
         caption_justify="left",
     )
-    for heading in ("batch", "phase", "dense", "sparse", "sparse / dense"):
+    peaks = any(value is not None for row in record["throughput"] for value in row.get("peak_bytes", {}).values())
+    memory = ("peak memory, dense", "sparse") if peaks else ()
+    for heading in ("batch", "phase", "dense", "sparse", "sparse / dense", *memory):
         table.add_column(heading, justify="left" if heading == "phase" else "right")
     for row in record["throughput"]:
         for phase in ("prefill", "decode"):
@@ -43,6 +46,7 @@ def _throughput(record: Mapping[str, Any]) -> "Table":
                 Text(_spread(found["dense"])),
                 Text(_spread(found["sparse"])),
                 Text(f"{row[phase]['ratio']:.2f}x", style="bold"),
+                *(size(row["peak_bytes"][form]) if phase == "decode" else "" for form in ("dense", "sparse") if peaks),
             )
     return table
 

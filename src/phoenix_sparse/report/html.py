@@ -68,6 +68,7 @@ def context(facts: Facts) -> dict[str, Any]:
         "role_names": facts.role_names,
         "headline": text.headline(facts),
         "pruning": text.pruning(facts.allocation) if facts.allocation else None,
+        "left_out": text.left_out(facts),
         "base": _shown(model.path) if model else None,
         "settings": list(text.flatten(facts.recipe)) if facts.recipe is not None else None,
         # The report is written while its own stage runs.

@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import write_text
 from phoenix_sparse.report.html import environment
 from phoenix_sparse.report.published import TALK, beside
-from phoenix_sparse.report.run_rows import find_runs, run_row
+from phoenix_sparse.report.run_rows import find_runs, missing_rows, run_row
 from phoenix_sparse.report.series import (
     Row,
     by_merge,
@@ -55,22 +56,30 @@ def build_overview(
 
     Only what the runs' files hold is shown. Runs that didn't finish are named and counted, and their results, where
     they have some already, are in summary.csv alone. A run of which a file can't be read is named with the file, and
-    nothing else of it is shown.
+    nothing else of it is shown. A sweep's runs that aren't there yet are named too.
 
     Args:
         runs: a run directory, a sweep's directory, or one that holds runs.
         out: the directory to write.
         command: that made the pages, to be shown on them.
-        tell: called with what is wrong with each damaged run.
+        tell: called with what is wrong with each damaged run, and with how many runs didn't finish.
 
     Raises:
         PhoenixError: there are no runs, or none of them has an accuracy.
     """
-    rows = [_row_or_damage(directory, Path(runs)) for directory in find_runs(runs)]
+    directories = find_runs(runs)
+    rows = [_row_or_damage(directory, Path(runs)) for directory in directories]
+    rows += [row | {"damaged": None} for row in missing_rows(runs, directories)]
     damaged = [row for row in rows if row["damaged"]]
+    unfinished = [row for row in rows if not row["finished"] and not row["damaged"]]
     if tell is not None:
         for row in damaged:
             tell(row["damaged"])
+        if unfinished:
+            states = Counter(row["status"] for row in unfinished)
+            tell(
+                f"{counted(len(unfinished), 'run')}: " + ", ".join(f"{many} {state}" for state, many in states.items())
+            )
     rows.sort(key=lambda row: row.get("mode") != "sparse_to_sparse")  # the first series of every plot
     write_text(out / SUMMARY, summary(rows))
     done = [row for row in rows if row["finished"]]
@@ -79,7 +88,6 @@ def build_overview(
             f"{runs}: {counted(len(rows), 'run')}, and none has come to an accuracy yet; {out / SUMMARY} lists them"
             + (f"; damaged: {damaged[0]['damaged']}" if damaged else "")
         )
-    unfinished = [row for row in rows if not row["finished"] and not row["damaged"]]
     shared = {"command": command, "rows": rows, "done": done, "unfinished": unfinished, "damaged": damaged}
     templates = environment(escape=True)
     templates.filters["counted"] = counted
@@ -188,13 +196,14 @@ def _fronts(rows: Sequence[Row]) -> Iterable[Plot]:
     for (model, task), group in grouped(rows, "model", "task").items():
         if not measured_alike(group):
             continue
-        for speed in ("measured", "counted"):
+        timed = [row for row in group if row.get("decode_tokens_per_second") is not None]
+        for speed, shown in (("measured", timed), ("counted", group)):
             text = f"Accuracy on {task} against speed, {speed}, with the front of the best trade-offs"
             caption = (
-                f"{task}, {model}; {_means(group)}. Points on the front carry their sparsity. The errors of the "
+                f"{task}, {model}; {_means(shown)}. Points on the front carry their sparsity. The errors of the "
                 "accuracies stand in the table."
             )
-            yield from _plot(pareto_plot(group, _name("p", f"{model} {task} {speed}"), speed), text, caption)
+            yield from _plot(pareto_plot(shown, _name("p", f"{model} {task} {speed}"), speed), text, caption)
 
 
 def _costs(rows: Sequence[Row]) -> Iterable[Plot]:

@@ -136,6 +136,7 @@ class Tune(Record):
     resumed_from: int | None = None
     steps: int | None = None
     examples: int | None = None
+    examples_left_out: NonNegativeInt | None = None
     tokens: int | None = None
     seconds: float | None = None
     peak_memory_bytes: int | None = None

@@ -1,6 +1,7 @@
 """A run as one row of a table: what it was, and what was measured in it. A missing result is None."""
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,30 @@ def _walk(directory: Path, depth: int) -> Iterator[Path]:
         for child in directory.iterdir():
             if child.is_dir() and not child.is_symlink() and child.name[0] != ".":
                 yield from _walk(child, depth - 1)
+
+
+def missing_rows(runs: Path, found: Iterable[Path]) -> Iterator[Row]:
+    """Cells of a sweep of which no run lies there: not begun yet, or failed before it could be; nothing else is known.
+
+    Args:
+        runs: where the runs were looked for; one that is no sweep's directory misses none.
+        found: their directories.
+    """
+    there = {directory.name for directory in found}
+    for label in sorted(Path(runs).glob("cells/*/cell.json")):
+        if label.parent.name not in there:
+            known = ("model", "task", "method", "seed")
+            row: Row = {}
+            with contextlib.suppress(PhoenixError, AttributeError):  # damaged: its name is known, and is enough
+                axes = read_json(label)
+                row = {name: axes.get(name) for name in known} | {"target_sparsity": axes.get("sparsity")}
+            yield {
+                "run": label.parent.name,
+                "directory": label.parent.name,
+                **row,
+                "finished": False,
+                "status": "missing",
+            }
 
 
 def run_row(directory: Path) -> Row:
@@ -166,6 +191,7 @@ def _speed(directory: Path, facts: Facts) -> Row:
         "train_tokens_per_second": tune.tokens / tune.seconds if whole else None,  # type: ignore[operator,union-attr]
         "train_seconds": tune.seconds if tune is not None and whole else None,
         "train_peak_bytes": tune.peak_memory_bytes if tune else None,
+        "train_examples_left_out": tune.examples_left_out if tune else None,
         "trainable_parameters": tune.trainable_parameters if tune else None,
         "bench_batch": None,
     }

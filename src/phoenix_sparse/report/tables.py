@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.report.facts import ROLES, read_facts
 from phoenix_sparse.report.records import Accuracy, Flops
-from phoenix_sparse.report.text import MISSING, accuracy, number, percent, scaled, seconds, size, times
+from phoenix_sparse.report.text import MISSING, accuracy, left_out, number, percent, scaled, seconds, size, times
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,6 +46,9 @@ def summary_table(run_directory: Path) -> "Table":
         cost = part.total if part else None
         text = f"{scaled(cost.dense)} → {scaled(cost.sparse)} ({times(cost.reduction)})" if cost else MISSING
         table.add_row(f"FLOPs to {name}", text)
+    if (short := left_out(facts)) is not None:
+        table.add_section()
+        table.add_row("training examples left out", short)
     return table
 
 
@@ -75,6 +78,10 @@ def flops_table(counted: Mapping[str, Any]) -> "Table":
         table.add_row(f"{name}: attention", scaled(part.attention), scaled(part.attention), times(1.0))
         total = part.total
         table.add_row(f"{name}: total", scaled(total.dense), scaled(total.sparse), times(total.reduction), style="bold")
+        table.add_section()
+    if (training := counted.get("training")) is not None:
+        each = scaled(training["per_token"])  # dense products, whatever the mask
+        table.add_row(f"one token of training, rank {training['rank']}", each, each, times(1.0))
         table.add_section()
     weights, sizes = flops.parameters, flops.bytes
     fewer = weights.total / weights.nnz if weights.nnz else None

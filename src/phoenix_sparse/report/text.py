@@ -26,6 +26,15 @@ def accuracy(measured: Accuracy | None) -> str:
     return percent(measured.accuracy) + error
 
 
+def left_out(facts: Facts) -> str | None:
+    """How many training examples the fine-tune left out; None where it trained on all, or isn't known to have."""
+    tune, task = facts.tunes.get("tuned"), facts.manifest.inputs.task
+    if tune is None or not tune.examples_left_out:
+        return None
+    of = f" of {number(task.train)}" if task is not None and task.train else ""
+    return f"{number(tune.examples_left_out)}{of}, too long for finetune.max_length"
+
+
 def number(value: float) -> str:
     """A count with its thousands apart: 1,234,567."""
     return f"{value:,.0f}"

@@ -9,9 +9,11 @@ from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.evaluation.settings import EvaluateSettings, PerplexitySettings
 from phoenix_sparse.files import read_text, write_json, write_text
 from phoenix_sparse.masks import Masks
-from phoenix_sparse.models import empty_model, load_config
+from phoenix_sparse.models import empty_model, load_config, prunable_linears
 from phoenix_sparse.steps.machine import Machine, longest
 from phoenix_sparse.tasks import Split, Task
+
+TRAINED = 32  # sequences of a training step whose FLOPs are counted
 
 
 def require_room(source: Path, task: Task, perplexity: PerplexitySettings | None, split: Split = "validation") -> None:
@@ -85,13 +87,21 @@ def measure_perplexity(model: Any, tokenizer: Any, settings: PerplexitySettings)
 
 
 def flops(
-    source: Path, masks: Masks | None, settings: EvaluateSettings, out: Path, *, sparsity: float | None = None
+    source: Path,
+    masks: Masks | None,
+    settings: EvaluateSettings,
+    out: Path,
+    *,
+    sparsity: float | None = None,
+    rank: int | None = None,
 ) -> list[str]:
     """Count FLOPs from the configuration alone, and project them onto machines. Writes flops.json.
 
     Sparse at the masks' densities, or at one sparsity of all matrices of the blocks; dense where neither is given.
+    With `rank`, also those of a training step, dense products whatever the mask: adapters of that rank on all linears,
+    `TRAINED` sequences of the prompt's length.
     """
-    from phoenix_sparse.evaluation.flops import count_flops
+    from phoenix_sparse.evaluation.flops import count_flops, count_training_flops
     from phoenix_sparse.evaluation.hardware import project_all
     from phoenix_sparse.evaluation.matrices import prunable_matrices
 
@@ -104,6 +114,10 @@ def flops(
     counts = count_flops(
         config, densities, prompt_length=settings.prompt_length, context_length=settings.context_length
     )
+    if rank is not None:
+        ranks = dict.fromkeys(prunable_linears(empty_model(config)), rank)
+        size = {"sequence_length": settings.prompt_length, "sequences_per_step": TRAINED}
+        counts["training"] = {"rank": rank, **size, **count_training_flops(config, ranks, **size)}
     write_json(out / "flops.json", counts | {"projected": project_all(counts)})
     return ["flops.json"]
 

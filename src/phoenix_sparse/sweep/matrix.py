@@ -12,7 +12,7 @@ import yaml
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import parse_yaml
 from phoenix_sparse.pruning.settings import SparsifySettings
-from phoenix_sparse.recipe import Recipe, check, override
+from phoenix_sparse.recipe import CHOSEN_BY, Recipe, check, is_changed, override, without_idle
 from phoenix_sparse.sweep.settings import AXES, SweepSettings
 
 SHOWN = 5  # wrong cells that a message names
@@ -50,7 +50,10 @@ def load_sweep(path: Path | str, overrides: Iterable[str] = ()) -> Sweep:
         PhoenixError: the file is wrong, an exclusion matches nothing, or cells are wrong (they are named).
     """
     path = Path(path)
-    settings = check(SweepSettings, override(read_yaml(path), overrides), str(path))
+    content = read_yaml(path)
+    if "model" in content and "models" not in content:
+        raise PhoenixError(f"sweep: {path} is the recipe of one run; give it to `phx run`, or a file with models: here")
+    settings = check(SweepSettings, override(content, overrides), str(path))
     base = settings.base
     values = read_yaml(path.parent / base) if isinstance(base, Path) else dict(base)
     if isinstance(base, Path):
@@ -91,6 +94,9 @@ def resolve(settings: SweepSettings, base: Mapping[str, Any]) -> tuple[tuple[Cel
         raise PhoenixError(_tell(wrong, len(wrong) + len(cells)))
     if not cells:
         raise PhoenixError("exclude: nothing is left to run")
+    for field in CHOSEN_BY:
+        if is_changed(base, field) and not any(cell.recipe.uses(field) for cell in cells):
+            raise PhoenixError(f"base.{field}: no run of the sweep has use for it; leave it out")
     return tuple(cells), excluded
 
 
@@ -105,7 +111,8 @@ def _recipe(settings: SweepSettings, base: Mapping[str, Any], name: str, axes: M
     if settings.engine.threads is not None:
         fields["threads"] = settings.engine.threads
     texts = [f"{field}={yaml.safe_dump(value, default_flow_style=True)}" for field, value in fields.items()]
-    return check(Recipe, override(base, texts), name)
+    recipe = check(Recipe, override(base, texts), name)
+    return without_idle(recipe, fields, shared=True)
 
 
 def _matches(exclusion: Mapping[str, tuple[Any, ...]], axes: Mapping[str, Any]) -> bool:
@@ -157,7 +164,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise PhoenixError(
-            f"sweep: {path} can't be read ({error.__class__.__name__}); give a YAML file, or to resume a sweep's folder"
+            f"sweep: {path} can't be read ({error.__class__.__name__}); give a YAML file, or for status and resume a "
+            "sweep's directory"
         ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise PhoenixError(f"sweep: {path} is not YAML ({' '.join(str(error).split())})") from error

@@ -10,6 +10,7 @@ OUT/registry.csv        and registry.parquet: every run's settings and results
 import json
 import os
 import platform
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -34,6 +35,11 @@ class Places:
     @property
     def shared(self) -> Path:
         return self.out / "shared"
+
+    @property
+    def resume(self) -> str:
+        """The command that goes on with the sweep, to be copied into a shell."""
+        return f"`phx sweep resume {shlex.quote(str(self.out))}`"
 
     def cell(self, name: str) -> Path:
         return self.out / "cells" / name

@@ -23,6 +23,7 @@ from phoenix_sparse.sweep.registry import write_registry
 from phoenix_sparse.sweep.status import Standing, standing, standings
 
 FILE = "sweep.yaml"
+LOCK = ".lock"
 # Fields that may differ when a sweep is gone on with: they change how it is run, not what.
 FREE = ("engine", "retries", "share", "keep")
 Tell = Callable[[Standing, int, int], None]  # (the cell that ended, how many have, of how many)
@@ -100,19 +101,39 @@ def run_sweep(
     return found
 
 
+def require_place(sweep: Sweep, out: Path, *, resume: bool) -> None:
+    """Refuse a directory that `run_sweep` would refuse, before models and data are read for it. Makes nothing.
+
+    Raises:
+        PhoenixError: as `run_sweep` would raise it.
+    """
+    with _held(out) if (out / LOCK).is_file() else contextlib.nullcontext():
+        _require_own(sweep, Places(out), resume=resume)
+
+
 def lay_out(sweep: Sweep, places: Places, *, resume: bool) -> None:
     """Write the cells' recipes, or check that those that lie there are the same.
 
     Raises:
         PhoenixError: a sweep lies there and `resume` isn't set, or it is another one, or its file is damaged.
     """
+    _require_own(sweep, places, resume=resume)
+    for cell in sweep.cells:
+        directory = places.cell(cell.name)
+        # Threads are the engine's matter, which may differ; the recipe that a run was begun with is the one to keep.
+        if not (directory / "cell.json").is_file():
+            write_text(directory / "recipe.yaml", dump_recipe(cell.recipe))
+            write_json(directory / "cell.json", dict(cell.axes))
+    write_text(places.out / FILE, yaml.safe_dump(_plain(sweep), sort_keys=False, allow_unicode=True))
+
+
+def _require_own(sweep: Sweep, places: Places, *, resume: bool) -> None:
+    """Refuse a directory that holds another sweep, or one that isn't to be gone on with."""
     file = places.out / FILE
     mine = _plain(sweep)
     if file.is_file():
         if not resume:
-            raise PhoenixError(
-                f"{places.out} holds a sweep already; go on with it by `phx sweep resume`, or give --out"
-            )
+            raise PhoenixError(f"{places.out} holds a sweep already; go on with it by {places.resume}, or give --out")
         try:
             before = read_yaml(file)
         except PhoenixError as error:
@@ -128,13 +149,6 @@ def lay_out(sweep: Sweep, places: Places, *, resume: bool) -> None:
                 )
     elif resume:
         raise PhoenixError(f"{places.out}: no {FILE}; begin it with `phx sweep run`, or give its directory with --out")
-    for cell in sweep.cells:
-        directory = places.cell(cell.name)
-        # Threads are the engine's matter, which may differ; the recipe that a run was begun with is the one to keep.
-        if not (directory / "cell.json").is_file():
-            write_text(directory / "recipe.yaml", dump_recipe(cell.recipe))
-            write_json(directory / "cell.json", dict(cell.axes))
-    write_text(file, yaml.safe_dump(mine, sort_keys=False, allow_unicode=True))
 
 
 def _plain(sweep: Sweep) -> dict[str, Any]:
@@ -193,7 +207,7 @@ def _held(out: Path) -> Iterator[None]:
     """One sweep process a directory."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
+        lock = (out / LOCK).open("w")
     except OSError as error:
         raise PhoenixError(f"{out}: {error.strerror}; give another directory with --out") from error
     with lock:

@@ -55,7 +55,7 @@ def standing(places: Places, name: str) -> Standing:
     if last.get("stopped") or last.get("interrupted") or last.get("exit") == 130:
         return Standing(name, "interrupted", stage, len(tried), seconds, None)
     if last.get("exit") == 0 and not stages:  # its process said that all went well
-        gone = f"{places.run(name)} is gone; `phx sweep resume` begins this run anew"
+        gone = f"{places.run(name)} is gone; {places.resume} begins this run anew"
         return Standing(name, "failed", stage, len(tried), seconds, gone)
     return Standing(name, "failed", stage, len(tried), seconds, reason(cell, last))
 
@@ -75,7 +75,7 @@ def read_stages(run: Path) -> tuple[dict[str, Any], str | None]:
         what = str(error)
     except (KeyError, TypeError, AttributeError):
         what = f"{path} is no run's manifest"
-    return {}, f"{what}; delete {run}, then `phx sweep resume` begins this run anew"
+    return {}, f"{what}; {_anew(run)}"
 
 
 def reached(run: Path) -> tuple[int, int]:
@@ -93,12 +93,20 @@ def damaged_result(run: Path) -> str | None:
     except PhoenixError as error:
         text = str(error)
         if text.startswith(str(run / RECIPE)):  # without it nobody knows what the run is
-            return f"{text}; delete {run}, then `phx sweep resume` begins this run anew"
+            return f"{text}; {_anew(run)}"
         if text.startswith(str(run / "bench.json")):  # no part of the sweep's own work
             return f"{text}; delete it, or measure anew by `phx bench`"
         first = "" if text.startswith(str(run)) else "delete it, then "  # a stage sees that its output isn't whole
-        return f"{text}; {first}`phx sweep resume` makes it anew"
+        return f"{text}; {first}{_sweep_of(run).resume} makes it anew"
     return None
+
+
+def _sweep_of(run: Path) -> Places:
+    return Places(run.parent.parent)
+
+
+def _anew(run: Path) -> str:
+    return f"delete {run}, then {_sweep_of(run).resume} begins this run anew"
 
 
 def is_finished(stages: Mapping[str, Mapping[str, Any]]) -> bool:
