@@ -126,7 +126,7 @@ def test_the_built_in_importances_measure_what_they_need():
         "magnitude": (False, False, False),
         "random": (False, False, False),
         "wanda": (True, False, True),
-        "ria": (True, False, True),
+        "ria": (True, False, False),
         "gradient": (False, True, False),
         "taylor": (False, True, False),
         "gblm": (True, True, True),

@@ -198,7 +198,10 @@ def wanda_importance(weight: Tensor, input_norm: Tensor) -> Tensor:
 
 
 def ria_importance(weight: Tensor, input_norm: Tensor, power: float = 0.5) -> Tensor:
-    """(|W_ij| / Σ_i|W_ij| + |W_ij| / Σ_j|W_ij|) · ‖X_j‖₂^a, a = 0.5 (Zhang et al., RIA, ICLR 2024, eq. 3)."""
+    """(|W_ij| / Σ_i|W_ij| + |W_ij| / Σ_j|W_ij|) · ‖X_j‖₂^a, a = 0.5 (Zhang et al., RIA, ICLR 2024, eq. 3).
+
+    It is relative to the row already, so that all weights of a layer compete, as in the published code.
+    """
     absolute = weight.detach().abs().float()
     tiny = torch.finfo(torch.float32).tiny  # a row or column of zeros scores zero, not NaN
     relative = absolute / absolute.sum(0, keepdim=True).clamp_min(tiny)
@@ -254,9 +257,7 @@ register_importance("random")(lambda weight, seen: random_importance(weight, see
 register_importance("wanda", inputs=True, per_row=True)(
     lambda weight, seen: wanda_importance(weight, _need(seen.input_norm))
 )
-register_importance("ria", inputs=True, per_row=True)(
-    lambda weight, seen: ria_importance(weight, _need(seen.input_norm))
-)
+register_importance("ria", inputs=True)(lambda weight, seen: ria_importance(weight, _need(seen.input_norm)))
 register_importance("gradient", gradients=True)(lambda _weight, seen: gradient_importance(_need(seen.gradient)))
 register_importance("taylor", gradients=True)(lambda weight, seen: taylor_importance(weight, _need(seen.gradient)))
 register_importance("gblm", inputs=True, gradients=True, per_row=True)(
