@@ -34,6 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "Wanda": {"importance": "wanda"},
     "GBLM": {"importance": "gblm"},
     "RIA": {"importance": "ria"},
+    "RIA by rows": {"importance": "ria", "group": "row"},
     "DSnoT from Wanda": {"importance": "wanda", "update": "dsnot"},
     "Wanda + OWL": {"importance": "wanda", "allocation": "owl"},
     "Wanda + AlphaPruning": {"importance": "wanda", "allocation": "alphapruning"},

@@ -48,7 +48,7 @@ def run(model, seed=0, tokens=TOKENS, labels=None, **settings):
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize(
     ("importance", "pattern", "unit"),
-    [("wanda", "unstructured", "row"), ("magnitude", "unstructured", 1), ("wanda", "16x1", 16), ("wanda", "2x4", 8)],
+    [("wanda", "unstructured", 1), ("magnitude", "unstructured", 1), ("wanda", "16x1", 16), ("wanda", "2x4", 8)],
 )
 @pytest.mark.parametrize("name", ALLOCATIONS)
 def test_the_total_is_met(name, importance, pattern, unit, kind):
@@ -58,18 +58,21 @@ def test_the_total_is_met(name, importance, pattern, unit, kind):
         allocation = {f"*.{leaf}": 0.25, "*.0.*.k_proj": 0.5}
     masks, shares = run(uneven(kind), importance=importance, pattern=pattern, sparsity=0.6, allocation=allocation)
     assert list(shares.sparsity) == list(masks)
-    units = {layer: mask.shape[0] if unit == "row" else unit for layer, mask in masks.items()}
     dropped = {layer: int((~mask).sum()) for layer, mask in masks.items()}
     total = sum(mask.numel() for mask in masks.values())
-    slack = sum(units.values()) if name in ("uniform", "table", "list") else max(units.values()) / 2 + 0.5
+    if (name, importance, pattern) == ("uniform", "wanda", "unstructured"):  # rows lose alike, as published
+        assert dropped == {layer: mask.shape[0] * int(mask.shape[1] * 0.6) for layer, mask in masks.items()}
+        assert set(shares.sparsity.values()) == {0.6}
+        return
+    # Within a weight (a block) a layer; a search for an allocation, to within half of one in all.
+    slack = unit * len(masks) if name in ("table", "list") or unit == 1 else unit / 2 + 0.5
     assert abs(sum(dropped.values()) - 0.6 * total) <= slack
     for layer, mask in masks.items():
-        groups = mask.numel() // units[layer]
-        assert dropped[layer] == units[layer] * int(groups * shares.sparsity[layer])
+        assert dropped[layer] == unit * int(mask.numel() // unit * shares.sparsity[layer])
         assert mask.any()
-    if name == "uniform":
-        assert set(shares.sparsity.values()) == {0.6}
-    else:
+        if importance == "wanda" and unit == 1:
+            assert int(mask.sum(1).max() - mask.sum(1).min()) <= 1
+    if name != "uniform":
         assert len(set(shares.sparsity.values())) > 1
 
 
@@ -133,7 +136,7 @@ def test_evolution_is_the_same_again_by_its_seed(settings):
 def test_evolution_gives_the_dense_weights_back_before_pruning(update):
     model, fresh = uneven(), uneven()
     masks, shares = run(model, allocation="evolutionary", sparsity=0.6, update=update)
-    method = Method.of(SparsifySettings(sparsity=0.6, update=update), 0)
+    method = Method.of(SparsifySettings(sparsity=0.6, update=update, allocation="evolutionary"), 0)
     expected = prune_blocks(Blocks(fresh), method, shares.sparsity, tokens=TOKENS)
     assert all(torch.equal(masks[name], mask) for name, mask in expected.items())
     assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in model.state_dict().items())

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -6,7 +7,6 @@ from hypothesis import strategies as st
 from phoenix_sparse.pruning.patterns import Pattern
 from phoenix_sparse.pruning.selection import (
     keep,
-    keep_blocks,
     keep_globally,
     keep_n_of_m,
     keep_per_layer,
@@ -115,10 +115,25 @@ def test_blocks_go_whole_by_their_sums(down, across, size, seed, sparsity):
     assert kept.is_contiguous()
 
 
-def test_blocks_of_one_row_may_compete_in_their_row():
-    matrix = torch.tensor([[1.0, 1.0, 2.0, 2.0], [8.0, 8.0, 9.0, 9.0]])
-    assert keep_blocks(matrix, 0.5, 1, 2, "row").tolist() == [[False, False, True, True]] * 2
-    assert keep_blocks(matrix, 0.5, 1, 2).tolist() == [[False] * 4, [True] * 4]
+@given(scores, st.floats(0, 0.99))
+def test_exactly_the_layer_s_share_goes_and_rows_differ_by_one_at_most(matrix, sparsity):
+    kept = keep(matrix, sparsity, "row", exact=True)
+    drop, (rows, _) = int(matrix.numel() * sparsity), matrix.shape
+    lost = (~kept).sum(1).tolist()
+    assert sum(lost) == drop
+    assert set(lost) <= {drop // rows, drop // rows + 1}
+    order = [np.argsort(row, kind="stable") for row in matrix.numpy()]
+    for row, count in enumerate(lost):  # each the first of its own order
+        assert set(order[row][:count]) == set(np.flatnonzero(~kept[row].numpy()))
+    following = {row: float(matrix[row, order[row][drop // rows]]) for row in range(rows)} if drop % rows else {}
+    more = [row for row in following if lost[row] > drop // rows]
+    assert more == sorted(sorted(following, key=following.__getitem__)[: len(more)])
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.5, 0.875])
+def test_whole_shares_of_a_row_are_wanda_s_either_way(sparsity):
+    matrix = torch.randint(0, 5, (7, 8), generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(keep(matrix, sparsity, "row", exact=True), keep_per_row(matrix, sparsity))
 
 
 def test_the_group_says_who_competes():

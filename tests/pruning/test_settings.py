@@ -173,7 +173,7 @@ def test_a_wrong_pattern_is_told_as_such_whatever_prunes(pattern, more):
     [
         ("", "layer"),
         ("importance: wanda", "row"),
-        ("importance: ria", "row"),
+        ("importance: ria", "layer"),
         ("importance: gblm", "row"),
         ("importance: taylor", "layer"),
         ("importance: magnitude", "layer"),

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from phoenix_sparse.errors import PhoenixError
-from phoenix_sparse.models import linears
+from phoenix_sparse.models import linears, prunable_linears
 from phoenix_sparse.progress import Progress
 from phoenix_sparse.pruning.allocation.alphapruning import alpha_allocation, hill_alpha
 from phoenix_sparse.pruning.allocation.blocks import block_of
-from phoenix_sparse.pruning.allocation.budget import Sizes, unit
+from phoenix_sparse.pruning.allocation.budget import Sizes, uniform, unit
 from phoenix_sparse.pruning.allocation.evolutionary import evolve
 from phoenix_sparse.pruning.allocation.explicit import by_block, by_pattern
 from phoenix_sparse.pruning.allocation.fitness import DivergenceFitness
@@ -57,16 +57,13 @@ def allocate(
         PhoenixError: the allocation names no layer of this model, or can't meet the sparsity; or it is evolutionary,
             and the model isn't in memory.
     """
-    shapes = {
-        name: (layer.out_features, layer.in_features)
-        for block, module in blocks.blocks.items()
-        for name, layer in linears(module, block).items()
-    }
-    sizes = {name: out * inner for name, (out, inner) in shapes.items()}
+    sizes = {name: layer.out_features * layer.in_features for name, layer in prunable_linears(blocks.model).items()}
     chosen, target = settings.allocation, settings.sparsity
-    if chosen == "uniform":
+    if chosen == "uniform" and method.pattern.kind != "block":
         return Shares(dict.fromkeys(sizes, target))
-    units = {name: unit(shape, method.group, method.pattern) for name, shape in shapes.items()}
+    units = dict.fromkeys(sizes, unit(method.pattern))
+    if chosen == "uniform":  # some layers drop a block more than others, and all together meet the sparsity
+        return Shares(uniform(sizes, target, units=units))
     if isinstance(chosen, dict):
         return Shares(by_pattern(sizes, chosen, target, sizes, units=units))
     if isinstance(chosen, tuple):

@@ -26,7 +26,7 @@ def require_fit(model: Any, settings: SparsifySettings) -> None:
     if isinstance(chosen, str):
         return
     sizes = {name: out * inner for name, (out, inner) in shapes.items()}
-    units = {name: unit(shape, settings.comparison_group, pattern) for name, shape in shapes.items()}
+    units = dict.fromkeys(sizes, unit(pattern))
     if isinstance(chosen, dict):
         by_pattern(sizes, chosen, target, sizes, units=units)
     else:

@@ -16,7 +16,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from phoenix_sparse.errors import PhoenixError, first_line
 
@@ -167,9 +167,29 @@ def importances() -> list[str]:
     return sorted({*_REGISTRY, *(point.name for point in entry_points(group=ENTRY_POINTS))})
 
 
-def magnitude_importance(weight: Tensor) -> Tensor:
-    """|W|, (out, in) float32."""
-    return weight.detach().abs().float()
+def _weight_of(layer: Tensor | nn.Module) -> Tensor:
+    weight = getattr(layer, "weight", None) if isinstance(layer, nn.Module) else layer
+    if not isinstance(weight, Tensor):
+        raise PhoenixError(f"importance: {type(layer).__name__} has no weight; give a linear layer, or its weight")
+    return weight.detach()
+
+
+def _gradient_of(layer: Tensor | nn.Module) -> Tensor:
+    gradient = layer if isinstance(layer, Tensor) else getattr(getattr(layer, "weight", None), "grad", None)
+    if gradient is None:
+        raise PhoenixError(
+            f"importance: {type(layer).__name__} has no gradient yet; call loss.backward() first, or give the gradient"
+        )
+    return gradient
+
+
+def magnitude_importance(weight: Tensor | nn.Linear) -> Tensor:
+    """|W|, (out, in) float32; of a weight, or of a linear layer.
+
+    Raises:
+        PhoenixError: it is neither.
+    """
+    return _weight_of(weight).abs().float()
 
 
 def wanda_importance(weight: Tensor, input_norm: Tensor) -> Tensor:
@@ -178,7 +198,10 @@ def wanda_importance(weight: Tensor, input_norm: Tensor) -> Tensor:
 
 
 def ria_importance(weight: Tensor, input_norm: Tensor, power: float = 0.5) -> Tensor:
-    """(|W_ij| / Σ_i|W_ij| + |W_ij| / Σ_j|W_ij|) · ‖X_j‖₂^a, a = 0.5 (Zhang et al., RIA, ICLR 2024, eq. 3)."""
+    """(|W_ij| / Σ_i|W_ij| + |W_ij| / Σ_j|W_ij|) · ‖X_j‖₂^a, a = 0.5 (Zhang et al., RIA, ICLR 2024, eq. 3).
+
+    It is relative to the row already, so that all weights of a layer compete, as in the published code.
+    """
     absolute = weight.detach().abs().float()
     tiny = torch.finfo(torch.float32).tiny  # a row or column of zeros scores zero, not NaN
     relative = absolute / absolute.sum(0, keepdim=True).clamp_min(tiny)
@@ -186,17 +209,29 @@ def ria_importance(weight: Tensor, input_norm: Tensor, power: float = 0.5) -> Te
     return relative * input_norm.reshape(1, -1) ** power
 
 
-def gradient_importance(gradient: Tensor) -> Tensor:
-    """|∂L/∂W|, averaged over samples. (out, in) float32."""
-    return gradient.abs().float()
+def gradient_importance(gradient: Tensor | nn.Linear) -> Tensor:
+    """|∂L/∂W|, averaged over samples, or as loss.backward() left it in a linear layer. (out, in) float32.
+
+    Raises:
+        PhoenixError: the layer has no gradient.
+    """
+    return _gradient_of(gradient).abs().float()
 
 
-def taylor_importance(weight: Tensor, gradient: Tensor) -> Tensor:
+def taylor_importance(weight: Tensor | nn.Linear, gradient: Tensor | None = None) -> Tensor:
     """|W · ∂L/∂W|, the first-order change of the loss when a weight goes (Molchanov et al., arXiv 1906.10771, eq. 8).
 
-    With the gradient's absolute values averaged over samples: the signed mean of a trained model is near zero.
+    With the gradient's absolute values averaged over samples: the signed mean of a trained model is near zero. Without
+    a gradient, the one that loss.backward() left in the linear layer. (out, in) float32.
+
+    Raises:
+        PhoenixError: the layer has no gradient, or a weight was given alone.
     """
-    return weight.detach().abs().float() * gradient.abs()
+    if gradient is None:
+        if isinstance(weight, Tensor):
+            raise PhoenixError("importance: taylor_importance(weight, gradient) needs the gradient too, or a layer")
+        gradient = _gradient_of(weight)
+    return _weight_of(weight).abs().float() * gradient.abs()
 
 
 def gblm_importance(weight: Tensor, input_norm: Tensor, gradient: Tensor, scale: float = 100.0) -> Tensor:
@@ -222,9 +257,7 @@ register_importance("random")(lambda weight, seen: random_importance(weight, see
 register_importance("wanda", inputs=True, per_row=True)(
     lambda weight, seen: wanda_importance(weight, _need(seen.input_norm))
 )
-register_importance("ria", inputs=True, per_row=True)(
-    lambda weight, seen: ria_importance(weight, _need(seen.input_norm))
-)
+register_importance("ria", inputs=True)(lambda weight, seen: ria_importance(weight, _need(seen.input_norm)))
 register_importance("gradient", gradients=True)(lambda _weight, seen: gradient_importance(_need(seen.gradient)))
 register_importance("taylor", gradients=True)(lambda weight, seen: taylor_importance(weight, _need(seen.gradient)))
 register_importance("gblm", inputs=True, gradients=True, per_row=True)(

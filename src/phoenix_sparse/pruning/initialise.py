@@ -11,7 +11,7 @@ from torch import Tensor
 
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import read_json, write_json
-from phoenix_sparse.models import linears, prunable_linears
+from phoenix_sparse.models import check_finite, linears, prunable_linears
 from phoenix_sparse.progress import Progress
 from phoenix_sparse.pruning.allocating import Shares, allocate, sparsities
 from phoenix_sparse.pruning.blocks import Blocks
@@ -65,8 +65,8 @@ def initialise(
 
     Raises:
         PhoenixError: what the settings measure on is missing or isn't for this model, the settings don't fit its
-            shapes (`require_fit`), the model is in training mode, `work` is of another pruning, or a step refuses what
-            it finds.
+            shapes (`require_fit`), the model is in training mode or has a weight that is NaN or infinite, `work` is of
+            another pruning, or a step refuses what it finds.
     """
     method = Method.of(settings, seed)
     _check(blocks, settings, calibration.tokens, work)
@@ -153,6 +153,8 @@ def _check(blocks: Blocks, settings: SparsifySettings, tokens: Tensor | None, wo
     if isinstance(blocks, StreamedBlocks) and work is None:
         raise PhoenixError("work: the pruned blocks of a model on disk need a directory to go to; give one")
     require_fit(blocks.model, settings)
+    if not isinstance(blocks, StreamedBlocks):  # which look at what they read
+        check_finite(blocks.model, "model")
     if not settings.reads_tokens:
         return
     if tokens is None or tokens.dim() != 2 or tokens.numel() == 0 or tokens.is_floating_point():

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.pruning.importance import Importance, Seen, find_importance, run_importance
 from phoenix_sparse.pruning.observing import Observer
-from phoenix_sparse.pruning.patterns import Pattern, parse_pattern
+from phoenix_sparse.pruning.patterns import Pattern
 from phoenix_sparse.pruning.reconstruction.alps import alps
 from phoenix_sparse.pruning.reconstruction.dsnot import dsnot
 from phoenix_sparse.pruning.reconstruction.sparsegpt import sparsegpt
@@ -25,11 +25,14 @@ class Method:
     pattern: Pattern
     group: Group
     seed: int
+    exact: bool = False  # whether rows may differ by a weight, for a layer to meet its sparsity
 
     @classmethod
     def of(cls, settings: SparsifySettings, seed: int) -> "Method":
         importance = find_importance(settings.importance)
-        return cls(importance, settings.update, parse_pattern(settings.pattern), settings.comparison_group, seed)
+        # Uniform, rows lose alike, as the published Wanda has it. A sparsity that was shared out is met.
+        exact = settings.allocation != "uniform"
+        return cls(importance, settings.update, settings.parsed_pattern, settings.comparison_group, seed, exact)
 
     @property
     def reads_inputs(self) -> bool:
@@ -93,7 +96,8 @@ def prune_linear(
         adjusted, mask = adjust(weight, observer.gram.matrix, sparsity, method.pattern, name=name)
         weight.copy_(adjusted)
         return mask
-    mask = keep(method.score(name, weight, observer, gradient), sparsity, method.group, method.pattern)
+    scores = method.score(name, weight, observer, gradient)
+    mask = keep(scores, sparsity, method.group, method.pattern, exact=method.exact)
     if method.update == "dsnot":
         assert observer is not None
         assert observer.moments is not None

@@ -15,14 +15,17 @@ from phoenix_sparse.pruning.patterns import UNSTRUCTURED, Pattern
 Group = Literal["row", "layer", "global"]
 
 
-def keep(scores: Tensor, sparsity: float, group: Group, pattern: Pattern = UNSTRUCTURED) -> Tensor:
+def keep(
+    scores: Tensor, sparsity: float, group: Group, pattern: Pattern = UNSTRUCTURED, *, exact: bool = False
+) -> Tensor:
     """Choose a layer's mask by its scores.
 
     Args:
         scores: (out, in), higher is kept.
         sparsity: share to drop; N:M patterns have their own and ignore it.
-        group: `row`, or anything else for the whole layer. Blocks of more than one row compete within the layer.
+        group: `row`, or anything else for the whole layer. Blocks compete within the layer in any case.
         pattern: unstructured, N:M or block.
+        exact: meet the layer's sparsity to the weight also where rows compete (see `keep_per_row`).
 
     Returns:
         Boolean (out, in), True where a weight is kept.
@@ -30,15 +33,27 @@ def keep(scores: Tensor, sparsity: float, group: Group, pattern: Pattern = UNSTR
     if pattern.kind == "n:m":
         return keep_n_of_m(scores, pattern.first, pattern.second)
     if pattern.kind == "block":
-        return keep_blocks(scores, sparsity, pattern.first, pattern.second, group)
-    return keep_per_row(scores, sparsity) if group == "row" else keep_per_layer(scores, sparsity)
+        return keep_blocks(scores, sparsity, pattern.first, pattern.second)
+    return keep_per_row(scores, sparsity, exact=exact) if group == "row" else keep_per_layer(scores, sparsity)
 
 
-def keep_per_row(scores: Tensor, sparsity: float) -> Tensor:
-    """Drop the lowest ⌊in · sparsity⌋ scores of each output row, as Wanda does. (out, in) -> boolean (out, in)."""
-    drop = int(scores.shape[1] * sparsity)  # in floating point, as published: 0.29 of 100 is 28
-    order = torch.sort(scores, dim=-1, stable=True).indices[:, :drop]
-    return torch.ones_like(scores, dtype=torch.bool).scatter_(1, order, False)
+def keep_per_row(scores: Tensor, sparsity: float, *, exact: bool = False) -> Tensor:
+    """Drop the lowest ⌊in · sparsity⌋ scores of each output row, as Wanda does. (out, in) -> boolean (out, in).
+
+    So the layer falls up to one weight a row short of ⌊out · in · sparsity⌋. With `exact` it loses as many: some rows
+    lose one more than others, those whose next score is lowest.
+    """
+    rows, columns = scores.shape
+    drop, more = int(columns * sparsity), 0  # in floating point, as published: 0.29 of 100 is 28
+    if exact:
+        drop, more = divmod(int(scores.numel() * sparsity), rows)
+    order = torch.sort(scores, dim=-1, stable=True).indices
+    kept = torch.ones_like(scores, dtype=torch.bool).scatter_(1, order[:, :drop], False)
+    if more:
+        following = order[:, drop]
+        lowest = torch.sort(scores.gather(1, following[:, None])[:, 0], stable=True).indices[:more]
+        kept[lowest, following[lowest]] = False
+    return kept
 
 
 def keep_per_layer(scores: Tensor, sparsity: float) -> Tensor:
@@ -72,11 +87,11 @@ def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
     return torch.ones_like(groups, dtype=torch.bool).scatter_(1, order, False).reshape(scores.shape)
 
 
-def keep_blocks(scores: Tensor, sparsity: float, rows: int, columns: int, group: Group = "layer") -> Tensor:
-    """Keep or drop blocks of rows x columns by the sum of their scores. (out, in) -> boolean (out, in)."""
+def keep_blocks(scores: Tensor, sparsity: float, rows: int, columns: int) -> Tensor:
+    """Keep or drop blocks of rows x columns of a layer by the sum of their scores. (out, in) -> boolean (out, in)."""
     out, inner = scores.shape
     sums = scores.float().reshape(out // rows, rows, inner // columns, columns).sum((1, 3))
-    kept = keep_per_row(sums, sparsity) if group == "row" and rows == 1 else keep_per_layer(sums, sparsity)
+    kept = keep_per_layer(sums, sparsity)
     return kept[:, None, :, None].expand(-1, rows, -1, columns).reshape(out, inner).contiguous()
 
 

@@ -56,7 +56,7 @@ def naive(dense, pruned, inputs, labels, kind):
 def prune_by_hand(model, scores, allocation, group, pattern):
     with torch.no_grad():
         for name, layer in prunable_linears(model).items():
-            layer.weight *= keep(scores[name], allocation[name], group, pattern)
+            layer.weight *= keep(scores[name], allocation[name], group, pattern, exact=True)
     return model
 
 

@@ -1,8 +1,7 @@
 """Meet the target exactly: sparsities whose drop counts, as selection makes them, add up to the share asked for.
 
-Selection drops int(groups · sparsity) groups of a layer. A group is one weight where the whole layer competes, one
-column's worth of rows where each row competes alone, one block for blocks. How many weights go at a time is a layer's
-unit; without units it is one.
+Selection drops int(groups · sparsity) groups of a layer. A group is one weight, or one block for blocks. How many
+weights go at a time is a layer's unit; without units it is one.
 """
 
 import math
@@ -10,8 +9,7 @@ from bisect import bisect_right
 from collections.abc import Mapping
 
 from phoenix_sparse.errors import PhoenixError
-from phoenix_sparse.pruning.patterns import UNSTRUCTURED, Pattern
-from phoenix_sparse.pruning.selection import Group
+from phoenix_sparse.pruning.patterns import Pattern
 
 Allocation = dict[str, float]
 Sizes = Mapping[str, int]
@@ -20,8 +18,8 @@ HIGH = 0.99
 """The highest sparsity that a layer is given, so that none dies."""
 
 
-def unit(shape: tuple[int, int], group: Group, pattern: Pattern = UNSTRUCTURED) -> int:
-    """How many weights of a matrix (out, in) selection drops at a time: all rows drop the same number of theirs.
+def unit(pattern: Pattern) -> int:
+    """How many weights selection drops at a time.
 
     Raises:
         PhoenixError: the pattern has its own sparsity (N:M), or doesn't drop single weights or blocks (structured).
@@ -30,8 +28,7 @@ def unit(shape: tuple[int, int], group: Group, pattern: Pattern = UNSTRUCTURED) 
         raise PhoenixError(
             f"sparsify.allocation: the pattern {pattern} can't be shared out among layers; use unstructured or blocks"
         )
-    block = pattern.first * pattern.second
-    return block * shape[0] if group == "row" and pattern.first == 1 else block
+    return pattern.first * pattern.second
 
 
 def spread(

@@ -91,7 +91,7 @@ class DivergenceFitness:
         for name, (out, inner) in shapes.items():
             pattern.check(name, (out, inner))
         self.sizes = {name: out * inner for name, (out, inner) in shapes.items()}
-        self.units = {name: unit((out, inner), group, pattern) for name, (out, inner) in shapes.items()}
+        self.units = dict.fromkeys(shapes, unit(pattern))
         self._dense = {name: layer.weight.detach().clone() for name, layer in self._layers.items()}
         self._sparsity: dict[str, float] = {}  # of the layers that are not dense now
         labels = inputs if labels is None else labels
@@ -150,7 +150,7 @@ class DivergenceFitness:
             if self._sparsity.get(name) == sparsity:
                 continue
             weight, dense = self._layers[name].weight, self._dense[name]
-            mask = keep(self._scores[name].to(weight.device), sparsity, self._group, self._pattern)
+            mask = keep(self._scores[name].to(weight.device), sparsity, self._group, self._pattern, exact=True)
             # An interrupted copy is neither dense nor pruned: it is restored, or made again.
             self._sparsity[name] = math.nan
             weight.copy_(dense.masked_fill(~mask, 0))
