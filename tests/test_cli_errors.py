@@ -126,6 +126,10 @@ BAD = {
         "tune {sparse} --task {task} --masks {masks} mode=sparse_to_dense",
         "trains without masks; leave --masks out",
     ),
+    "masked again by another command": (
+        "tune {sparse} --task {task} mode=sparse_to_dense dense_merge=remask",
+        "dense_merge: nothing is merged here; leave it out, and give phx merge --remask",
+    ),
     "masked again": (
         "merge {sparse} --adapter {chain}/adapter/chosen --masks {masks} --remask",
         "was trained through masks and fills no zero; leave --remask out",

@@ -17,6 +17,7 @@ from phoenix_sparse.commands import (
     refuse_existing,
     refuse_idle,
     refuse_run,
+    require_mode,
     require_task,
     require_writable_file,
     say,
@@ -172,10 +173,7 @@ def tune(
     from phoenix_sparse.recipe import check, override
 
     chosen = check(FinetuneSettings, override({}, settings or ()), "tune")
-    if chosen.mode == "sparse_to_sparse" and masks is None:
-        raise PhoenixError("tune: mode=sparse_to_sparse trains through masks; give --masks, or mode=sparse_to_dense")
-    if chosen.mode == "sparse_to_dense" and masks is not None:
-        raise PhoenixError("tune: mode=sparse_to_dense trains without masks; leave --masks out")
+    require_mode(chosen, masks)
     refuse_existing(out / "adapter" / "super")
     with set_up(dtype, device, seed, out) as machine:
         through = steps.read_masks(masks) if masks else None

@@ -44,6 +44,17 @@ class Recipe(Settings):
             raise ValueError(f"search.nsga2: {one}, so there is one candidate and no search; set search.nsga2=0")
         return self
 
+    @model_validator(mode="after")
+    def _dense_lora_with_a_rate(self) -> Self:
+        distill = self.finetune.distill
+        trained = "dense_lora" in self.evaluate.baselines or (distill is not None and distill.teacher == "dense_lora")
+        if self.evaluate.dense_lora_learning_rate is not None and not trained:
+            raise ValueError(
+                "evaluate.dense_lora_learning_rate: no dense LoRA is trained; add dense_lora to evaluate.baselines, or "
+                "leave it out"
+            )
+        return self
+
 
 def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe and change some of its values.
