@@ -44,6 +44,8 @@ def broken(tmp_path, chain, model_directory, task_directory) -> Path:
     (tmp_path / "task_key/task.yaml").write_text(text.replace("doc_to_target", "doc_to_targt"))
     (tmp_path / "file").write_text("a file")
     shutil.copytree(model_directory, tmp_path / "run/sparse")
+    shutil.copytree(chain / "adapter/super", tmp_path / "plain")
+    (tmp_path / "plain/phoenix.json").write_text('{"masked": false, "masks_sha256": null, "space": [4, 2]}')
     for name in ("wordless", "wider"):
         shutil.copytree(model_directory, tmp_path / name)
     for file in (tmp_path / "wordless").glob("*token*"):
@@ -110,6 +112,10 @@ BAD = {
         "search {sparse} --adapter {chain}/adapter/super --task {task}",
         "was trained through masks; give its masks.safetensors",
     ),
+    "masks in search for nothing": (
+        "search {sparse} --adapter {b}/plain --task {task} --masks {masks}",
+        "plain was trained without masks; leave --masks out",
+    ),
     # adapters
     "a dense model": (
         "tune {model} --task {task} --masks {masks}",
@@ -127,6 +133,10 @@ BAD = {
     "masks for nothing": (
         "tune {sparse} --task {task} --masks {masks} mode=sparse_to_dense",
         "trains without masks; leave --masks out",
+    ),
+    "masked again by another command": (
+        "tune {sparse} --task {task} mode=sparse_to_dense dense_merge=remask",
+        "dense_merge: nothing is merged here; leave it out, and give phx merge --remask",
     ),
     "masked again": (
         "merge {sparse} --adapter {chain}/adapter/chosen --masks {masks} --remask",

@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from phoenix_sparse import models, plan
+from phoenix_sparse.finetuning.batching import PackRows
+from phoenix_sparse.finetuning.examples import tokenize
 from phoenix_sparse.models import load_model, prunable_linears
 from phoenix_sparse.pipeline import open_task
 from phoenix_sparse.recipe import Recipe, check, override
 from phoenix_sparse.steps import machine
+from phoenix_sparse.tasks.settings import TaskSettings
 from tiny import CONFIGS, make_model
 
 
@@ -133,14 +136,18 @@ def test_trained_weights_take_the_place_of_an_adapter(directory, task_directory)
     assert some["model"]["adapter"] == 2 * 32 * 32
 
 
-def test_packed_examples_take_no_more_than_padded_ones(directory, task_directory):
-    place = directory()
-    ways = ("finetune.max_length=32", "finetune.micro_batch_size=16")
+@pytest.mark.parametrize("length", [8, 32, 64])
+def test_packed_examples_are_counted_as_they_lie_in_their_rows(directory, task_directory, tokenizer, length):
+    """In rows of 8 tokens no two of them fit, and each has its own; in rows of 32 the last one is half empty."""
+    place, task = directory(), open_task(check(TaskSettings, {"name": str(task_directory)}, "test"), seed=0)
+    rows = tokenize(task.train, tokenizer, length)
+    most = max(PackRows(256, length)(rows[n : n + 16])["input_ids"].numel() for n in range(0, len(rows), 16))
+    ways = (f"finetune.max_length={length}", "finetune.micro_batch_size=16")
     padded, packed = (
         planned(place, task_directory, *ways, f"finetune.batching={way}")["memory_bytes"]["activations"]
         for way in ("padded", "packed")
     )
-    assert 0.3 * padded < packed <= padded
+    assert packed * 16 * max(len(row["input_ids"]) for row in rows) == padded * most
 
 
 def test_validation_is_counted(directory, task_directory):

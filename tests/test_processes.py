@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from phoenix_sparse import pipeline, processes
+from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.recipe import Recipe, check, dump_recipe
 
 
@@ -54,6 +55,15 @@ def recipe_file(tmp_path_factory, model_directory, task_directory) -> Path:
 
 def files_of(run: Path) -> set[str]:
     return {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_dtype_that_the_recipe_does_not_know_of_is_refused(monkeypatch, precision):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    with pytest.raises(PhoenixError, match=rf"mixed precision \({precision}\) .* --mixed_precision no, and set dtype="):
+        processes.start("cpu")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    processes.start("cpu")
 
 
 def test_two_processes_make_the_run_of_one(tmp_path, recipe_file):

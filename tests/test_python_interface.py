@@ -27,6 +27,14 @@ WORDS = {
         lambda _: phx.apply_sparse_lora(copy.deepcopy(MODEL), None, phx.SparseLoRAConfig()),
         "masks: NoneType given",
     ),
+    "zeros and ones": (
+        lambda _: phx.apply_sparse_lora(make_model(), {n: m.float() for n, m in MASKS.items()}, phx.SparseLoRAConfig()),
+        "q_proj is torch.float32, not boolean; give mask.bool()",
+    ),
+    "bytes": (
+        lambda _: phx.validate_sparsity_preserved(MODEL, {n: m.to(torch.uint8) for n, m in MASKS.items()}),
+        "q_proj is torch.uint8, not boolean; give mask.bool()",
+    ),
     # models
     "tensors for a model": (
         lambda _: phx.compute_unstructured_mask(MODEL.state_dict()),
@@ -49,7 +57,13 @@ WORDS = {
         "has Tensor; give the share of its weights that are not zero",
     ),
     "alpha": (lambda _: phx.SparseLoRAConfig(alpha="x"), "alpha is 'x'; it should be a number"),
+    "no end of alpha": (lambda _: phx.SparseLoRAConfig(alpha=float("inf")), "alpha is inf; it should be finite"),
     # the rest
+    "a number of targets": (lambda _: phx.SparseLoRAConfig(target_modules=5), "target_modules is 5; give last names"),
+    "a word for yes or no": (
+        lambda _: phx.SparseLoRAConfig(preserve_sparsity_on_merge="no"),
+        "preserve_sparsity_on_merge is 'no'; it should be True or False",
+    ),
     "no targets": (lambda _: phx.SparseLoRAConfig(target_modules=[]), "target_modules is empty"),
     "no configuration": (
         lambda _: phx.apply_sparse_lora(copy.deepcopy(MODEL), MASKS, {"r": 4}),

@@ -17,7 +17,7 @@ from phoenix_sparse.commands import (
     refuse_existing,
     refuse_idle,
     refuse_run,
-    require_masks,
+    require_mode,
     require_task,
     require_writable_file,
     say,
@@ -174,7 +174,7 @@ def tune(
     from phoenix_sparse.recipe import check, override
 
     chosen = check(FinetuneSettings, override({}, settings or ()), "tune")
-    require_masks(chosen.mode, masks)
+    require_mode(chosen, masks)
     refuse_existing(out / "adapter" / "super")
     with set_up(dtype, device, seed, out) as machine:
         through = steps.read_masks(masks) if masks else None

@@ -80,12 +80,15 @@ def require_task(name: str | None, data: Path | None) -> None:
         raise PhoenixError(f"--data: {data} is the data of a task, and none is given; give --task, or leave --data out")
 
 
-def require_masks(mode: str, masks: Path | None) -> None:
-    """Refuse a mode of training without the masks that it is for, and masks that it would not look at."""
-    if mode == "sparse_to_sparse" and masks is None:
+def require_mode(settings: Any, masks: Path | None) -> None:
+    """Refuse masks that a way of fine-tuning has no use for, one without the masks that it needs, and what is said
+    about a merge, which is a command of its own."""
+    if settings.mode == "sparse_to_sparse" and masks is None:
         raise PhoenixError("tune: mode=sparse_to_sparse trains through masks; give --masks, or mode=sparse_to_dense")
-    if mode == "sparse_to_dense" and masks is not None:
+    if settings.mode == "sparse_to_dense" and masks is not None:
         raise PhoenixError("tune: mode=sparse_to_dense trains without masks; leave --masks out")
+    if settings.dense_merge != "dense":
+        raise PhoenixError("tune: dense_merge: nothing is merged here; leave it out, and give phx merge --remask")
 
 
 @contextmanager

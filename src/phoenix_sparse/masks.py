@@ -216,12 +216,16 @@ def check_fit(masks: Masks, layers: Mapping[str, nn.Linear]) -> None:
     """Refuse masks of another model: every mask needs its layer by exact name and shape, every layer its mask.
 
     Raises:
-        PhoenixError: naming the first layer that doesn't fit.
+        PhoenixError: naming the first layer that doesn't fit, or whose mask isn't boolean.
     """
     _require_set(masks)
     for name, mask in masks.items():
         if name not in layers:
             raise PhoenixError(f"masks: {name} is no prunable linear of this model; are these another model's masks?")
+        if mask.dtype != torch.bool:
+            raise PhoenixError(
+                f"masks: {name} is {mask.dtype}, not boolean; give mask.bool(), True where a weight is kept"
+            )
         shape = tuple(layers[name].weight.shape)
         if tuple(mask.shape) != shape:
             raise PhoenixError(f"masks: {name} has shape {tuple(mask.shape)} and the model's weight {shape}")

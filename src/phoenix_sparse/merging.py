@@ -62,7 +62,7 @@ def validate_sparsity_preserved(model: Any, masks: Masks, tolerance: float = 0.0
     Args:
         model: a causal language model, with an adapter or without.
         masks: of every prunable linear, by exact name.
-        tolerance: the largest size of a weight that still counts as zero.
+        tolerance: the largest size of a weight that still counts as zero; NaN never does.
 
     Returns:
         The verdict, and the figures `num_violations`, `total_masked`, `violation_rate`, `max_violation` and `sparsity`
@@ -77,7 +77,7 @@ def validate_sparsity_preserved(model: Any, masks: Masks, tolerance: float = 0.0
     weights = masked = violations = zeros = 0
     for name, weight in adapted_weights(model, masks):
         off = weight[~masks[name].to(weight.device)].abs().float()
-        wrong, none = int((off > tolerance).sum()), weight.numel() - int(weight.count_nonzero())
+        wrong, none = int((~(off <= tolerance)).sum()), weight.numel() - int(weight.count_nonzero())
         layers[name] = {
             "num_violations": wrong,
             "total_masked": off.numel(),

@@ -121,6 +121,10 @@ def prepare_all(recipe: Recipe) -> tuple[Path, Task, list[Task]]:
     model = model_directory(recipe.model)
     if any(other.mixture for other in recipe.evaluate.also):
         raise PhoenixError("evaluate.also: a further task is only evaluated on; give what to train on as task.mixture")
+    if any(other.max_train is not None and not other.num_fewshot for other in recipe.evaluate.also):
+        raise PhoenixError(
+            "evaluate.also: a further task is only evaluated on, and max_train takes nothing; leave it out"
+        )
     task = open_task(recipe.task, seed=recipe.seed)
     also = [open_task(other, seed=recipe.seed) for other in recipe.evaluate.also]
     names = [task.name, *(other.name for other in also)]

@@ -8,6 +8,7 @@ import torch
 
 from phoenix_sparse.evaluation.flops import count_training_flops
 from phoenix_sparse.finetuning.adapter import target_linears
+from phoenix_sparse.finetuning.batching import PackRows
 from phoenix_sparse.finetuning.elastic import is_fixed, largest, spaces
 from phoenix_sparse.models import (
     decoder_blocks,
@@ -54,18 +55,18 @@ def estimate(recipe: Recipe, directory: Path, task: Task) -> dict[str, Any]:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     replaced = sum(layer.weight.numel() for layer in adapted.values()) if full else 0
     adapter = replaced or sum(ranks[name] * (layer.in_features + layer.out_features) for name, layer in adapted.items())
-    tokens, longest = _lengths(task, directory, recipe)
+    lengths = _lengths(task, directory, recipe)
+    tokens, at_once = round(sum(lengths) / len(lengths)), _tokens_at_once(recipe, lengths)
     weights = parameters * width
     memory = {
         "weights": weights - width * replaced,
         "masks": prunable,
         "trained weights, gradient and optimizer" if full else "adapter, gradient and optimizer": 16 * adapter,
         "weight buffer": 2 * width * max(layer.weight.numel() for layer in layers.values()),
-        "activations": _activations(config, recipe, _tokens_at_once(recipe, tokens, longest), width),
+        "activations": _activations(config, recipe, at_once, width),
     }
     if distill is not None:
         states = width * config.hidden_size * config.num_hidden_layers if distill.hidden else 0
-        at_once = _tokens_at_once(recipe, tokens, longest)
         memory["teacher"] = weights + at_once * (states + (width + 12) * config.vocab_size)
     if recipe.finetune.evolve is not None:  # bits, and the sum of a step's gradients where it has several parts
         moving = sum(layer.weight.numel() for layer in adapted.values())
@@ -170,13 +171,11 @@ def _width(config: Any, recipe: Recipe, device: torch.device) -> int:
     return 4 if stored == torch.float16 and device.type == "cpu" else BYTES.get(stored, 4)
 
 
-def _lengths(task: Task, directory: Path, recipe: Recipe) -> tuple[int, int]:
-    """Mean and greatest length of a training example in tokens, from the first ones."""
-    tokenizer = load_tokenizer(directory)
+def _lengths(task: Task, directory: Path, recipe: Recipe) -> list[int]:
+    """Lengths of the first training examples in tokens, as they are trained on."""
+    tokenizer, limit = load_tokenizer(directory), recipe.finetune.max_length
     sample = task.train[:SAMPLED_EXAMPLES]
-    lengths = [len(tokenizer(example.prompt + example.completion).input_ids) + 1 for example in sample]
-    limit = recipe.finetune.max_length
-    return min(round(sum(lengths) / len(lengths)), limit), min(max(lengths), limit)
+    return [min(len(tokenizer(example.prompt + example.completion).input_ids) + 1, limit) for example in sample]
 
 
 def _activations(config: Any, recipe: Recipe, tokens: int, width: int) -> int:
@@ -196,12 +195,14 @@ def _activations(config: Any, recipe: Recipe, tokens: int, width: int) -> int:
     return tokens * (blocks + (2 * width + 12) * config.vocab_size)
 
 
-def _tokens_at_once(recipe: Recipe, mean: int, longest: int) -> int:
-    """Tokens of the largest micro-batch, padding included; packed examples fill whole rows of max_length."""
-    examples, width = recipe.finetune.micro_batch, recipe.finetune.max_length
-    if recipe.finetune.batching == "packed":
-        return min(examples * longest, -(-examples * mean // width) * width)
-    return examples * longest
+def _tokens_at_once(recipe: Recipe, lengths: list[int]) -> int:
+    """Tokens of the largest micro-batch, padding included; packed ones are packed as they stand in the data."""
+    examples = recipe.finetune.micro_batch
+    if recipe.finetune.batching != "packed":
+        return examples * max(lengths)
+    collate = PackRows(0, recipe.finetune.max_length)
+    rows = [{"input_ids": [0] * length, "labels": [0] * length} for length in lengths]
+    return max(collate(rows[n : n + examples])["input_ids"].numel() for n in range(0, len(rows), examples))
 
 
 def _rate(config: Any, recipe: Recipe, device: torch.device, width: int, tokens: int) -> float:

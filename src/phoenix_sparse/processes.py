@@ -31,8 +31,14 @@ def start(device: str) -> None:
         device: of the recipe: auto, cpu or cuda.
 
     Raises:
-        PhoenixError: accelerate makes something else of the launch.
+        PhoenixError: accelerate makes something else of the launch, or computes in another dtype than the recipe's.
     """
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision != "no":  # also where somebody's `accelerate config` says so
+        raise PhoenixError(
+            f"launch: mixed precision ({precision}) would train in another dtype than the recipe's; launch with "
+            "--mixed_precision no, and set dtype=bfloat16 for a model in that"
+        )
     if count() == 1:
         return
     # `accelerate launch --use_fsdp` sets it: all but the main process would read models without their weights, which

@@ -13,7 +13,14 @@ from phoenix_sparse import pipeline
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.files import read_json
 from phoenix_sparse.finetuning.adapter import add_adapter, elastic_layers, load_adapter, save_adapter
-from phoenix_sparse.finetuning.evolve import exchange, moving_masks, require_change, require_unstructured, share_at
+from phoenix_sparse.finetuning.evolve import (
+    Evolution,
+    exchange,
+    moving_masks,
+    require_change,
+    require_unstructured,
+    share_at,
+)
 from phoenix_sparse.finetuning.full import train_weights, trained_linears
 from phoenix_sparse.finetuning.loop import COMPLETE
 from phoenix_sparse.finetuning.sections import EvolveSettings
@@ -133,6 +140,17 @@ def test_the_sparsity_stays_and_what_is_off_the_mask_is_zero(tmp_path, method, d
         state = torch.load(tmp_path / "checkpoint-12" / "optimizer.pt", weights_only=True)["state"]
         for name, moments in zip(layers, state.values(), strict=True):
             assert not moments["exp_avg"][~after[name]].any()
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_mask_that_is_chosen_after_the_backward_pass_is_the_one_chosen_within(tmp_path, monkeypatch, method):
+    """As where several processes add up a step's gradient: by the weights that it belongs to, not by those after it."""
+    options = {"method": method, "learning_rate": 0.1, "warmup": 0}
+    within = trained(tmp_path / "within", **options)[2]
+    watch = Evolution.watch
+    monkeypatch.setattr(Evolution, "watch", lambda self, done, *, last: watch(self, done, last=False))
+    after = trained(tmp_path / "after", **options)[2]
+    assert all(torch.equal(within[name], after[name]) for name in within)
 
 
 @pytest.mark.parametrize("options", [{}, {"method": "full"}, {"sampling": "sandwich", "micro_batch_size": 2}])

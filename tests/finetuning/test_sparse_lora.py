@@ -111,6 +111,17 @@ def test_contradictions_are_refused(values, words):
         SparseLoRAConfig(**values)
 
 
+def test_a_weight_off_its_mask_that_is_no_number_is_no_zero():
+    model, name = make_model(), next(iter(MASKS))
+    for one, layer in prunable_linears(model).items():
+        layer.weight.data.masked_fill_(~MASKS[one], 0)
+    assert validate_sparsity_preserved(model, MASKS)[0]
+    model.get_submodule(name).weight.data.masked_fill_(~MASKS[name], float("nan"))
+    kept, stats = validate_sparsity_preserved(model, MASKS, tolerance=1.0)
+    assert not kept
+    assert stats["global"]["total_violations"] == int((~MASKS[name]).sum())
+
+
 def test_there_must_be_something_to_merge_and_something_to_mask_with():
     with pytest.raises(PhoenixError, match="no adapter to merge"):
         merge_all_lora_weights(make_model())

@@ -55,6 +55,14 @@ def test_the_loss_falls_and_is_recorded(tmp_path):
     assert record["log"][-1]["epoch"] == pytest.approx(4)
 
 
+def test_a_single_step_trains_and_is_recorded(tmp_path):
+    """The learning rate is zero at the first step of a warm-up, and the log looks at one step in ten."""
+    found, record = trained(tmp_path, max_steps=1, log_every=10)
+    assert [entry["step"] for entry in record["log"]] == [1]
+    assert record["log"][0]["learning_rate"] > 0
+    assert all(factor.any() for name, factor in found.items() if "lora_B" in name)
+
+
 def test_weights_do_not_move(tmp_path):
     chosen = settings()
     model = adapter(chosen)

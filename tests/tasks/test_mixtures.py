@@ -129,6 +129,7 @@ def test_a_run_on_a_mixture(tmp_path, places, model_directory):
     for change, words in (
         (f"evaluate.also=[{places['one']}]", "a task stands twice in one, one"),
         (f"evaluate.also=[{{name: {places['two']}, mixture: [gsm8k]}}]", "give what to train on as task.mixture"),
+        (f"evaluate.also=[{{name: {places['two']}, max_train: 3}}]", "only evaluated on, and max_train takes nothing"),
         ("evaluate.also=[nothing]", "neither built in"),
     ):
         with pytest.raises(PhoenixError, match=words):

@@ -169,21 +169,27 @@ class Evolution:
         for one in self.moving.values():
             one.gradient = one.next = None
 
-    def change(self, done: int, optimizer: Any, together: Together) -> None:
+    def choose(self, together: Together) -> None:
+        """Before an optimizer step: choose the masks that weren't within the backward pass, by the same weights.
+
+        Args:
+            together: sums over the processes.
+        """
+        for one in self.moving.values():
+            one.choose(together)
+
+    def change(self, done: int, optimizer: Any) -> None:
         """After an optimizer step: put the next masks in place, if it was a step that changes them.
 
         Args:
             done: optimizer steps.
             optimizer: whose moments of dropped weights become zero, where the weights themselves train.
-            together: sums over the processes.
         """
         share = share_at(self.settings, done, self.steps)
         if not share:
             return
         replaced = 0
         for one in self.moving.values():
-            if one.next is None:
-                one.choose(together)
             assert one.next is not None, "every layer has a gradient in every step"
             before, mask = one.mask.clone(), unpack_mask(one.next, one.layer.weight.shape[1])
             replaced += int((before & ~mask).sum())

@@ -172,16 +172,18 @@ class MarkComplete(TrainerCallback):
 
 
 class Evolve(TrainerCallback):
-    """Change the mask after the optimizer's step; before the checkpoint of that step, and before its validation."""
+    """Choose the next mask before the optimizer's step, by the weights that the gradient belongs to, and put it in
+    place after it; before the checkpoint of that step, and before its validation."""
 
     def __init__(self, trainer: StepTrainer, evolution: Evolution) -> None:
         self.trainer, self.evolution = trainer, evolution
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         accelerator = self.trainer.accelerator
-        self.evolution.change(
-            state.global_step, self.trainer.optimizer, lambda gradient: accelerator.reduce(gradient, "sum")
-        )
+        self.evolution.choose(lambda gradient: accelerator.reduce(gradient, "sum"))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        self.evolution.change(state.global_step, self.trainer.optimizer)
 
 
 class Validate(TrainerCallback):

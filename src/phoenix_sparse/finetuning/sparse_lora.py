@@ -3,6 +3,7 @@
 The other two of the four functions, `merge_all_lora_weights` and `validate_sparsity_preserved`, are merging's.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -58,14 +59,23 @@ class SparseLoRAConfig:
         ):
             if value is not None and not isinstance(value, Real):
                 raise PhoenixError(f"SparseLoRAConfig: {name} is {value!r}; it should be a number")
+        if not isinstance(self.target_modules, str | Sequence | None):
+            raise PhoenixError(
+                f'SparseLoRAConfig: target_modules is {self.target_modules!r}; give last names of linears, or "Linear"'
+            )
+        if not isinstance(self.preserve_sparsity_on_merge, bool):
+            raise PhoenixError(
+                f"SparseLoRAConfig: preserve_sparsity_on_merge is {self.preserve_sparsity_on_merge!r}; "
+                "it should be True or False"
+            )
         if self.target_modules is not None and not self.target_modules:
             raise PhoenixError(
                 'SparseLoRAConfig: target_modules is empty; give last names of linears, or "Linear" for all'
             )
         if type(self.r) is not int or self.r < 1:
             raise PhoenixError(f"SparseLoRAConfig: r is {self.r!r}; it should be a whole number from 1 up")
-        if not self.alpha > 0:
-            raise PhoenixError(f"SparseLoRAConfig: alpha is {self.alpha}; it should be above 0")
+        if not 0 < self.alpha < math.inf:
+            raise PhoenixError(f"SparseLoRAConfig: alpha is {self.alpha}; it should be finite and above 0")
         if not 0 <= self.dropout < 1:
             raise PhoenixError(f"SparseLoRAConfig: dropout is {self.dropout}; it should be from 0 to below 1")
         if self.sparsity_mode not in ("sparse_to_sparse", "sparse_to_dense"):

@@ -204,6 +204,10 @@ def search(
 
     Trained weights have no ranks: they are the one candidate, evaluated all the same, and adapter/chosen is theirs.
     Several processes call this together and share the candidates; the main one chooses and writes.
+
+    Raises:
+        PhoenixError: there is no such super-adapter, it belongs to other masks than those given or to none, or there is
+            nothing to validate with, or to search.
     """
     from phoenix_sparse.evaluation import harness
     from phoenix_sparse.finetuning import adapter as adapters
@@ -223,6 +227,8 @@ def search(
     if whole:
         model, layers = full.load_weights(base, adapter, masks), list[str]()
     else:
+        if masks is not None and not adapters.is_masked(adapter):
+            raise PhoenixError(f"search: {adapter} was trained without masks; leave --masks out")
         model = adapters.load_adapter(base, adapter, masks)
         layers = list(adapters.elastic_layers(model))
     if settings.nsga2 and (whole or is_fixed(spaces(layers, adapters.adapter_space(adapter)))):
