@@ -72,10 +72,6 @@ def refusal(action) -> str:
         ("search={hill_climb: 0, pool: 2}", "search.pool: it is a setting of hill_climb, which evaluates nothing"),
         ("search={hill_climb: 0, neighbours: 2}", "search.neighbours: it is a setting of hill_climb"),
         ("finetune.distill={logits: 0, hidden: 1, temperature: 2}", "finetune.distill.temperature: it divides logits"),
-        (
-            "evaluate={dense_lora_learning_rate: 3e-4, baselines: [dense]}",
-            "evaluate.dense_lora_learning_rate: no dense LoRA is trained; add dense_lora to evaluate.baselines",
-        ),
         ("task.holdout=1", "task.holdout=1 should be less than 1"),
         ("task.data=5", "task.data=5 should be a path"),
         ("task=''", "task.name='': the task has no name; give a built-in task or a folder"),

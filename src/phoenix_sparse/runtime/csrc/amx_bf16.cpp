@@ -130,9 +130,9 @@ PHX_INLINE void expand(const uint8_t* bitmask, int64_t apart, const typename Fro
 }
 
 // A product waits for the one before it that adds to the same register, three times as long as the processor needs to
-// begin another. So four registers take turns, or three: with few blocks of x several hold parts of one sum.
+// begin another; with one block of x two registers hold parts of one sum.
 template <int N>
-constexpr int PARTS = N > 2 ? 1 : 4 / N;
+constexpr int PARTS = N == 1 ? 2 : 1;
 
 template <int N>
 constexpr int SUMS = N * PARTS<N>;
