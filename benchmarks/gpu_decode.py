@@ -6,11 +6,11 @@ Random weights, a random half of each linear's kept; both forms have the same we
 launch; with --values int8 the packed ones are rounded to int8, and the dense form is what they hold. Both run the
 same loop: a static cache, and a CUDA graph of the step from the embedding to the next token. With --compiled each
 form is also measured with the step put through torch.compile before it is recorded; what fails there is reported as
-absent. --pdl lets torch's compiled kernels begin before the ones ahead have ended, as Phoenix's do anyway. Forms take
-turns, times are between CUDA events. `packed / dense` are bytes of the linears that are packed; peak memory is that
-of a process with this form alone: its weights, and what building the decoder and running it allocates. Before
-anything is timed, logits of both forms are compared; after it, those of each form compiled and not, and the tokens
-with those decoded first.
+absent; torch's compiled kernels begin before the ones ahead have ended, as Phoenix's do anyway. Forms take turns,
+times are between CUDA events. `packed / dense` are bytes of the linears that are packed; peak memory is that of a
+process with this form alone: its weights, and what building the decoder and running it allocates. Before anything is
+timed, logits of both forms are compared; after it, those of each form compiled and not, and the tokens with those
+decoded first.
 """
 
 import argparse
@@ -215,7 +215,6 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--compiled", action="store_true", help="measure both forms through torch.compile too")
-    parser.add_argument("--pdl", action="store_true", help="with --compiled: set Inductor's triton.enable_pdl")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     try:
@@ -226,10 +225,6 @@ def main() -> int:
                 "gpu_decode: --density is above 0 and up to 1; batches, tokens and prompt are 1 or more, repeats 2"
             )
         os.environ[VARIABLE] = "kernels"
-        if options.pdl:
-            from torch._inductor import config
-
-            config.triton.enable_pdl = True
         start = time.perf_counter()
         pair = make_pair(options.layers, options.width, options.density, options.values)
         gc.collect()

@@ -18,6 +18,9 @@ from phoenix_sparse.runtime.decodable import context_of, layer_kinds, refusal, w
 CHECK = 16  # tokens between two looks at whether all sequences have ended
 ROUND = 16  # positions that attention's kernels like a mask to be a multiple of
 FEWEST = 256  # positions that a recorded step looks at; twice as many when they are used up, and so on
+OVERLAP = "triton.enable_pdl"
+"""Inductor's option, in newer versions of torch, that lets its kernels begin before the ones ahead have ended, as
+Phoenix's do: 2 to 7% of a token's time on an H200."""
 
 Choose = Callable[[Tensor], Tensor]
 """Tokens (batch,) for logits (batch, vocabulary), without the host waiting for the device."""
@@ -70,7 +73,11 @@ class Decoder:
         self.reason = why_one_by_one(model, self.device)
         self.count = 0  # tokens of each sequence that are known; the last one is yet to go through the model
         self._graphs: dict[int, tuple[Any, Tensor]] = {}
-        self._compiled: Callable[[], Tensor] | None = torch.compile(self._step, dynamic=False) if compiled else None
+        self._compiled: Callable[[], Tensor] | None = None
+        if compiled:
+            overlaps = self.device.type == "cuda" and OVERLAP in torch._inductor.list_options()
+            options: dict[str, Any] | None = {OVERLAP: True} if overlaps else None
+            self._compiled = torch.compile(self._step, dynamic=False, options=options)
 
     @property
     def captured(self) -> bool:
