@@ -8,13 +8,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.sweep import launching
 from phoenix_sparse.sweep.engine_inline import run_inline
-from phoenix_sparse.sweep.engine_parsl import Charge, make_provider, parsl_config, run_parsl
+from phoenix_sparse.sweep.engine_parsl import Charge, make_provider, parsl_config, require_jobs, run_parsl
 from phoenix_sparse.sweep.launching import Job, Stop, environment, run_cell
 from phoenix_sparse.sweep.places import Places, attempts, is_alive, note, reason
 from phoenix_sparse.sweep.settings import EngineSettings
@@ -234,6 +235,40 @@ def test_a_parsl_that_cannot_start_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "parsl").mkdir()
     with pytest.raises(PhoenixError, match=r"Interchange failed to start.*engine\.kind=inline"):
         run_parsl([job(tmp_path, "fine")], EngineSettings(), Places(tmp_path), Stop(), lambda name, code: None)
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (
+            "Error 1:\n\tFailed to start block 0: Cannot launch job a.b-0: Could not read job ID; recode=1, stdout=, "
+            "stderr=sbatch: error: invalid partition specified: nowhere\nsbatch: error: Submission failed\n\n",
+            "sbatch: error: invalid partition specified: nowhere",
+        ),
+        ("Error 1:\n\tEXIT CODE: 3\n\tSTDERR: line 13: module: not found\n\n", "line 13: module: not found"),
+        ("Error 1:\n\tEXIT CODE: 3\n", "EXIT CODE: 3"),
+        ("No error messages received", "No error messages received"),
+    ],
+)
+def test_a_cluster_that_refuses_every_job_is_one_line(tmp_path, said, reason):
+    """In Parsl's words, with Slurm's in them."""
+    pytest.importorskip("parsl")
+    from parsl.executors.errors import BadStateException
+    from parsl.jobs.errors import TooManyJobFailuresError
+
+    errors = [
+        TooManyJobFailuresError(said),
+        BadStateException(SimpleNamespace(label="phoenix"), TooManyJobFailuresError(said)),
+    ]
+    for error in errors:
+        with pytest.raises(PhoenixError) as caught:
+            require_jobs(error, Places(tmp_path))
+        assert str(caught.value).startswith("engine: all jobs failed (")
+        assert f"{reason}); see {tmp_path}" in str(caught.value)
+        assert f"phx sweep resume {tmp_path}" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    for error in (None, RuntimeError("a run's own")):
+        require_jobs(error, Places(tmp_path))
 
 
 def test_attempts_are_plain_json_lines(tmp_path):

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import re
 import shlex
 import sys
 import time
@@ -133,11 +134,29 @@ def make_provider(settings: EngineSettings) -> Any:
     )
 
 
+def require_jobs(error: BaseException | None, places: Places) -> None:
+    """Refuse to go on where no worker ever comes: Parsl gives up when all of its jobs failed, or were refused.
+
+    Raises:
+        PhoenixError: with what the batch system said, if this is such an error of a run's future.
+    """
+    from parsl.executors.errors import BadStateException
+    from parsl.jobs.errors import TooManyJobFailuresError
+
+    if isinstance(error, BadStateException | TooManyJobFailuresError):
+        said = re.search(r"(?:stderr=|STDERR:)\s*(\S.*)", str(error)) or re.search(r"^\t(.+)", str(error), re.MULTILINE)
+        reason = said[1].strip() if said else first_line(error)
+        raise PhoenixError(
+            f"engine: all jobs failed ({reason}); see {places.out / 'parsl'}, and go on with {places.resume} and a "
+            "corrected 'engine.provider={kind: …}'"
+        )
+
+
 def run_parsl(jobs: Sequence[Job], settings: EngineSettings, places: Places, stop: Stop, ended: Ended) -> None:
     """Run jobs to their ends, on workers that Parsl starts.
 
     Raises:
-        PhoenixError: Parsl isn't installed, or can't start workers.
+        PhoenixError: Parsl isn't installed, can't start workers, or all of its jobs failed.
     """
     retries = jobs[0].retries if jobs else 0
     config = parsl_config(settings, places.out / "parsl", retries, Charge(places))
@@ -159,6 +178,7 @@ def run_parsl(jobs: Sequence[Job], settings: EngineSettings, places: Places, sto
                 waiting, timeout=0.5, return_when=concurrent.futures.FIRST_COMPLETED
             )
             for future in done:
+                require_jobs(future.exception(), places)
                 ended(futures[future].name, _code(future, places, futures[future]))
         if stop:  # workers see the file, and end their runs in order before they are ended themselves
             places.stop.touch()
