@@ -166,7 +166,8 @@ def _run_cell(places: Any, name: str, *, share: bool, models: bool) -> None:
     from phoenix_sparse.console import showing
     from phoenix_sparse.report import build_report
     from phoenix_sparse.runs import MANIFEST
-    from phoenix_sparse.sweep.running import cell_recipe, end_with, remove_models
+    from phoenix_sparse.sweep.launching import end_with
+    from phoenix_sparse.sweep.running import cell_recipe, remove_models
     from phoenix_sparse.sweep.shared_work import sharing
     from phoenix_sparse.sweep.status import is_complete
 

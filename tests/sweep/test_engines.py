@@ -110,7 +110,9 @@ def test_a_sweep_that_is_told_to_stop_ends_its_runs_in_order(tmp_path):
 
 
 def test_a_run_without_its_worker_ends(tmp_path):
-    code = "import os, time; from phoenix_sparse.sweep.running import end_with; end_with(os.getppid()); time.sleep(60)"
+    code = (
+        "import os, time; from phoenix_sparse.sweep.launching import end_with; end_with(os.getppid()); time.sleep(60)"
+    )
     worker = subprocess.Popen(
         [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"],
     )
@@ -184,8 +186,36 @@ def test_parsl_is_configured_for_this_machine(tmp_path, monkeypatch):
     assert executor.worker_logdir_root == str(tmp_path.resolve() / "sweeps/mine/parsl/workers")
     # By this interpreter, and not by scripts, which an installation may have put anywhere.
     pool, interchange = executor.launch_cmd.split(), executor.interchange_launch_cmd
-    for start, module in ((pool[:3], "process_worker_pool"), (interchange, "interchange")):
-        assert start == [sys.executable, "-m", f"parsl.executors.high_throughput.{module}"]
+    assert pool[:3] == [sys.executable, "-m", "parsl.executors.high_throughput.process_worker_pool"]
+    assert interchange[:2] == [sys.executable, "-c"]
+
+
+def test_what_brings_work_to_workers_ends_with_the_sweep(tmp_path):
+    """Killed with -9, too: a cluster's job would otherwise wait for work until its walltime."""
+    pytest.importorskip("parsl")
+    code = (
+        "import pathlib, subprocess, sys, time\n"
+        "from phoenix_sparse.sweep.engine_parsl import parsl_config\n"
+        "from phoenix_sparse.sweep.settings import EngineSettings\n"
+        f"(executor,) = parsl_config(EngineSettings(), pathlib.Path({str(tmp_path)!r}), 1).executors\n"
+        "it = subprocess.Popen(executor.interchange_launch_cmd, stdin=subprocess.PIPE)\n"  # waits for its settings
+        "print(it.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    sweep = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert sweep.stdout is not None
+    between = int(sweep.stdout.readline())
+    words = Path(f"/proc/{between}/cmdline").read_text().split("\0")
+    time.sleep(2)
+    assert Path(f"/proc/{between}").exists(), words
+    holder = os.open(f"/proc/{between}/fd/0", os.O_WRONLY)  # so that its input doesn't end
+    sweep.kill()
+    sweep.wait()
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{between}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.close(holder)
+    assert not Path(f"/proc/{between}").exists()
 
 
 @pytest.mark.parametrize(

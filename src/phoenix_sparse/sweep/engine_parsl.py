@@ -2,7 +2,9 @@
 
 import concurrent.futures
 import contextlib
+import os
 import re
+import runpy
 import shlex
 import sys
 import time
@@ -12,12 +14,13 @@ from typing import Any
 
 from phoenix_sparse.errors import PhoenixError, first_line
 from phoenix_sparse.sweep.engine_inline import Ended
-from phoenix_sparse.sweep.launching import GRACE, Job, Stop, end, run_cell
+from phoenix_sparse.sweep.launching import GRACE, Job, Stop, end, end_with, run_cell
 from phoenix_sparse.sweep.places import Places, attempts, is_alive, note, running
 from phoenix_sparse.sweep.settings import EngineSettings, PbsSettings, SlurmSettings
 from phoenix_sparse.sweep.status import reached
 
 LABEL = "phoenix"
+PACKAGE = "parsl.executors.high_throughput"
 
 
 class Charge:
@@ -68,13 +71,12 @@ def parsl_config(settings: EngineSettings, directory: Path, retries: int, charge
     local = settings.provider.kind == "local"
     directory = directory.resolve()  # a batch system's job begins in another directory
     # As modules: Parsl's scripts lie wherever an installation put them, on no path or beside another interpreter.
-    package = "parsl.executors.high_throughput"
-    pool = shlex.join([sys.executable, "-m", f"{package}.process_worker_pool"])
+    pool = shlex.join([sys.executable, "-m", f"{PACKAGE}.process_worker_pool"])
     executor = HighThroughputExecutor(
         label=LABEL,
         provider=make_provider(settings),
         launch_cmd=DEFAULT_LAUNCH_CMD.replace("process_worker_pool.py", pool, 1),
-        interchange_launch_cmd=[sys.executable, "-m", f"{package}.interchange"],
+        interchange_launch_cmd=[sys.executable, "-c", f"from {__name__} import interchange as i; i({os.getpid()})"],
         max_workers_per_node=settings.workers,
         cores_per_worker=1e-6,  # the number of workers is the one above, however few cores there are
         address="127.0.0.1" if local else None,
@@ -92,6 +94,15 @@ def parsl_config(settings: EngineSettings, directory: Path, retries: int, charge
         usage_tracking=0,
         initialize_logging=False,
     )
+
+
+def interchange(sweep: int) -> None:
+    """Be what Parsl starts between a sweep and its workers, and end with the sweep's process, even if that is killed.
+
+    Workers end when they lose it; a job would otherwise wait for work until its walltime.
+    """
+    end_with(sweep)
+    runpy.run_module(f"{PACKAGE}.interchange", run_name="__main__", alter_sys=True)
 
 
 def make_provider(settings: EngineSettings) -> Any:

@@ -181,3 +181,14 @@ def _works_here(attempt: dict[str, object]) -> bool:
     import platform
 
     return attempt["host"] == platform.node() and is_alive(attempt)
+
+
+def end_with(parent: int) -> None:
+    """End this process by SIGTERM when the process that started it is gone."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
