@@ -294,7 +294,7 @@ def evaluate(
     data: Data = None,
     limit: Annotated[int | None, typer.Option(min=1, help="evaluate on the first examples only")] = None,
     text: Annotated[Path | None, typer.Option(help="a text file (UTF-8): perplexity")] = None,
-    context_length: Annotated[int | None, typer.Option(help="tokens in a window of the text; else 512")] = None,
+    context_length: Annotated[int | None, typer.Option(help="tokens in a window of the text; 512 unless given")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="read no more of the text than this")] = None,
     batch_size: BatchSize = 32,
     seed: Seed = 0,
