@@ -135,7 +135,7 @@ def prune(
     With several sparsities, --method, --format or --plot: masks only, of the dense model scored once. Writes
     masks_sparsity50_unstructured.pt, stats_sparsity50_unstructured.json and so on for each sparsity.
 
-    With --compare: fine-tunes several initialisations for a short while in OUT/SPEC and ranks them by the validation
+    With --compare: fine-tunes several initialisations for a short while in OUT and ranks them by the validation
     accuracy after it. A SPEC joins words by +: an importance, dsnot, sparsegpt or alps, owl, alphapruning or
     evolutionary, a pattern; what it leaves out is as in a recipe that does. Writes compare.json; exits with 3 if one of
     them failed.
@@ -294,7 +294,7 @@ def evaluate(
     data: Data = None,
     limit: Annotated[int | None, typer.Option(min=1, help="evaluate on the first examples only")] = None,
     text: Annotated[Path | None, typer.Option(help="a text file (UTF-8): perplexity")] = None,
-    context_length: Annotated[int | None, typer.Option(help="tokens in a window of the text; else 512")] = None,
+    context_length: Annotated[int | None, typer.Option(help="tokens in a window of the text; 512 unless given")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="read no more of the text than this")] = None,
     batch_size: BatchSize = 32,
     seed: Seed = 0,

@@ -34,7 +34,7 @@ class Recipe(Settings):
     name: DirectoryName = Field(description="names the run directory: runs/<name>")
     model: str = Field(description="a Hugging Face model directory, a hub name, or demo")
     task: TaskSettings = Field(description="a built-in task or a folder with task.yaml, or a section with name")
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(0, ge=0, lt=2**32, description="for everything that is drawn")
     dtype: Dtype = Field("auto", description="in which the model is loaded, trained and saved; auto: as it is stored")
     device: Device = Field("auto", description="auto: a GPU where there is one")
     threads: int | None = Field(None, ge=1, description="CPU threads; torch's own number unless given")

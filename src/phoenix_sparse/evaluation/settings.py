@@ -33,7 +33,7 @@ class EvaluateSettings(Settings):
         None, gt=0, description="the dense baseline's own learning rate, where the sparse one's does not suit it"
     )
     certificate_examples: int = Field(8, ge=1, description="examples whose logits the certificate compares")
-    perplexity: PerplexitySettings | None = None
+    perplexity: PerplexitySettings | None = Field(None, description="of a text, too")
     also: tuple[TaskSettings, ...] = Field(
         (),
         description="further tasks that every model is evaluated on, written as the task is; see eval_all.json",

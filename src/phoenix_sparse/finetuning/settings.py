@@ -48,11 +48,13 @@ class FinetuneSettings(Settings):
         description="last names of the linears to adapt, such as [q_proj, v_proj]; all of a block unless given",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="on the adapter's input; sparse_to_dense only")
-    learning_rate: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    learning_rate: float = Field(1e-3, gt=0, description="the highest; with method: full some 1e-5")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps over which the learning rate rises")
-    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    epochs: float = Field(3.0, gt=0)
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = Field(
+        "cosine", description="how the learning rate falls: cosine, linear, or not at all (constant_with_warmup)"
+    )
+    epochs: float = Field(3.0, gt=0, description="passes over the training examples")
     max_steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
     batch_size: int = Field(32, ge=1, description="examples in an optimizer step")
     micro_batch_size: int | None = Field(
@@ -64,8 +66,8 @@ class FinetuneSettings(Settings):
         "padded, their examples in rows of max_length tokens one after the other, seeing only themselves",
     )
     max_length: int = Field(512, ge=8, description="tokens; longer prompts lose their beginning, completions never do")
-    max_grad_norm: float = Field(1.0, gt=0)
-    gradient_checkpointing: bool = False
+    max_grad_norm: float = Field(1.0, gt=0, description="a larger gradient is scaled down to this norm")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
     checkpoint_every: int = Field(
         100, ge=1, description="optimizer steps between checkpoints that --resume goes on from"
     )

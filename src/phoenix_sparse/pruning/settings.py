@@ -83,7 +83,7 @@ class SparsifySettings(Settings):
     group: Group | None = Field(
         None,
         description="weights that compete with each other: those of an output row, of a layer, or of the whole model; "
-        "row for importances that count inputs and layer for the others, unless given",
+        "row for wanda and gblm (and what was registered per_row), layer for the others, unless given",
     )
     allocation: Method | dict[str, LayerSparsity] | tuple[LayerSparsity, ...] = Field(
         "uniform",

@@ -233,7 +233,7 @@ def _without_test_split(
     if settings.holdout is None:
         raise PhoenixError(
             f"task {definition.name}: the data has no {definition.config.get('test_split') or 'test'} split; "
-            "add it, or set task.holdout to test on a share of the training split (0.3, say)"
+            "add it, or, in a recipe, set task.holdout to test on a share of the training split (0.3, say)"
         )
     kept, held = hold_out(train, settings.holdout, key)
     if not held or not kept:
