@@ -33,6 +33,8 @@ def test_throughput_has_every_figure():
                 found = row[phase]["tokens_per_second"][form]
                 assert 0 < found["low"] <= found["median"] <= found["high"]
             assert row[phase]["ratio"] > 0
+        for form, peak in row["peak_bytes"].items():
+            assert peak is None or pair.bytes(form) <= peak < pair.bytes(form) + 2**30
 
 
 def test_layers_are_measured_by_shape():

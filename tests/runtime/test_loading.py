@@ -132,6 +132,20 @@ def test_parts_that_are_not_there_are_not_made_up(directories):
         AutoModelForCausalLM.from_pretrained(directories[1])
 
 
+@pytest.mark.parametrize("absolute", [True, False])
+def test_an_index_that_leads_out_of_its_directory_is_refused(directories, tmp_path, absolute):
+    """Though what it leads to is a whole file of the very model."""
+    packed, name = directories[1], "model.safetensors"
+    (packed / name).rename(tmp_path / "elsewhere.safetensors")
+    place = str(tmp_path / "elsewhere.safetensors") if absolute else "../elsewhere.safetensors"
+    names = dict.fromkeys(load_file(tmp_path / "elsewhere.safetensors"), place)
+    (packed / f"{name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    with pytest.raises(PhoenixError, match="is no name of a file in this directory"):
+        load(packed)
+    with pytest.raises(PhoenixError, match="outside of this directory"):
+        AutoModelForCausalLM.from_pretrained(packed)
+
+
 def test_a_config_that_names_no_linear_is_an_error(directories):
     path = directories[1] / "config.json"
     config = json.loads(path.read_text())

@@ -3,9 +3,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.models import load_model
+from phoenix_sparse.runtime import quantizer  # noqa: F401 (registers)
 from phoenix_sparse.runtime.packing import pack_model, read_config, unpack_model
 from tiny import make_model, pruned
 
@@ -70,11 +72,19 @@ LAYER = "model.layers.0.mlp.up_proj"
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (lambda t: t.pop(f"{LAYER}.bitmask"), "lacks some of"),
-        (lambda t: t.update({f"{LAYER}.compressed": t[f"{LAYER}.compressed"][:-3]}), "values"),
+        (lambda t: t.pop(f"{LAYER}.bitmask"), f"its files have no {LAYER}.bitmask"),
+        (lambda t: t.pop(f"{LAYER}.weight"), f"its files have no {LAYER}.weight"),
+        (lambda t: t.update({f"{LAYER}.compressed": t[f"{LAYER}.compressed"][:-3]}), "compressed is BF16"),
+        (lambda t: t.update({f"{LAYER}.compressed": t[f"{LAYER}.compressed"].double()}), "compressed is F64"),
+        (lambda t: t.update({f"{LAYER}.compressed": t[f"{LAYER}.compressed"].half()}), "compressed is F16"),
+        (lambda t: t.update({f"{LAYER}.bitmask": t[f"{LAYER}.bitmask"].view(torch.int8)}), "bitmask is I8"),
+        (lambda t: t.update({f"{LAYER}.weight": torch.zeros(3)}), r"weight is F32 \(3,\)"),
+        (lambda t: t.update({f"{LAYER}.weight": torch.zeros(0, dtype=torch.int8)}), "weight is I8"),
+        (lambda t: t.update({f"{LAYER}.scales": torch.ones(48)}), "scales are for int8 values"),
+        (lambda t: t.update({"model.layers.7.up.bitmask": torch.zeros(3)}), "doesn't say that model.layers.7.up is"),
         (lambda t: t[f"{LAYER}.row_offsets"].fill_(-1), "begin with -1"),
         (lambda t: t.update({f"{LAYER}.shape": torch.tensor([1, 2])}), "stored shape"),
-        (lambda t: t.update({f"{LAYER}.shape": torch.tensor(7)}), "stored shape"),
+        (lambda t: t.update({f"{LAYER}.shape": torch.tensor(7)}), "shape is I64"),
     ],
 )
 def test_damage_is_named_and_nothing_is_written(tmp_path, change, what):
@@ -84,6 +94,35 @@ def test_damage_is_named_and_nothing_is_written(tmp_path, change, what):
     with pytest.raises(PhoenixError, match=what):
         unpack_model(tmp_path / "packed", tmp_path / "back")
     assert not (tmp_path / "back").exists()
+    with pytest.raises(PhoenixError, match=what):  # nor is it loaded with values converted or made up
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda e: e["layers"].pop(LAYER), f"doesn't say that {LAYER} is packed"),
+        (lambda e: e["layers"].clear(), "doesn't say that"),
+        (lambda e: e["layers"].update(lm_head=e["layers"][LAYER]), "no lm_head.weight|lm_head.weight is"),
+        (lambda e: e["layers"][LAYER].update(nnz=7), r"compressed is BF16 \(\d+,\) in its file and BF16 \(7,\)"),
+        (lambda e: e["layers"][LAYER].update(values="float16"), "compressed is BF16"),
+        (lambda e: e["layers"][LAYER].update(values="int8"), "compressed is BF16"),
+        (lambda e: e.pop("layers"), "damaged"),
+        (lambda e: e.pop("version"), "version None"),
+        (lambda e: e.update(version=True), "version True"),
+    ],
+)
+def test_a_config_that_contradicts_its_files_is_refused(tmp_path, change, what):
+    """As much by transformers' own loader as by ours: nothing is converted to what config.json says, or left packed."""
+    dense, _ = save(tmp_path)
+    pack_model(dense, tmp_path / "packed")
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    change(config["quantization_config"])
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PhoenixError, match=what):
+        unpack_model(tmp_path / "packed", tmp_path / "back")
+    with pytest.raises(PhoenixError, match=what):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
 
 
 @pytest.mark.parametrize(

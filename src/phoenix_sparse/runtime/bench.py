@@ -23,6 +23,7 @@ from phoenix_sparse.runtime.head import Head, head_of
 from phoenix_sparse.runtime.loading import open_model
 from phoenix_sparse.runtime.packed import pack, quantize
 from phoenix_sparse.runtime.packing import Values
+from phoenix_sparse.runtime.resident import growth
 from phoenix_sparse.runtime.sparse_linear import SparseLinear
 from phoenix_sparse.settings import Device, Dtype
 
@@ -245,7 +246,8 @@ def throughput(
     Returns:
         A row for each batch: for `prefill` and `decode`, `tokens_per_second` of each form with its quartiles, and the
         ratio sparse / dense (the median over repeats); `captured`, whether a form's step was replayed from a CUDA
-        graph; on a GPU `peak_bytes`, the most memory that a form takes: its weights, and what decoding allocates.
+        graph; `peak_bytes`, the most memory that a form takes: its weights, and what decoding adds to them on the GPU
+        or, where the system tells it, in this process (`resident.growth`; else None).
     """
     device = pair.model.get_input_embeddings().weight.device
     vocabulary, generator = pair.model.config.vocab_size, torch.Generator().manual_seed(seed)
@@ -279,7 +281,7 @@ def throughput(
 
 
 def _first(model: Any, ids: Tensor, tokens: int, weights: int, device: torch.device) -> tuple[Decoder, int | None]:
-    """A decoder after its first run, and the most memory that it took with so many bytes of weights (on a GPU)."""
+    """A decoder after its first run, and the most memory that it took with so many bytes of weights."""
     gc.collect()
     before = 0
     if device.type == "cuda":
@@ -287,9 +289,11 @@ def _first(model: Any, ids: Tensor, tokens: int, weights: int, device: torch.dev
         before = torch.cuda.memory_allocated(device)
     decoder = Decoder(model, len(ids), ids.shape[1] + tokens)
     _generate(decoder, ids, tokens, device)
-    if device.type != "cuda":
-        return decoder, None
-    return decoder, int(torch.cuda.max_memory_allocated(device)) - before + weights
+    if device.type == "cuda":
+        return decoder, int(torch.cuda.max_memory_allocated(device)) - before + weights
+    decoder = Decoder(model, len(ids), ids.shape[1] + tokens)  # anew: weights that were read first aren't growth
+    grown = growth(lambda: _generate(decoder, ids, tokens, device))
+    return decoder, None if grown is None else grown + weights
 
 
 def _generate(decoder: Decoder, ids: Tensor, tokens: int, device: torch.device) -> dict[str, float]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from phoenix_sparse.checkpoint import weight_files
 from phoenix_sparse.errors import PhoenixError, first_line
 from phoenix_sparse.files import read_json
 from phoenix_sparse.models import LIBRARY_ERRORS, choose_dtype, find_device, load_config, load_model
@@ -42,6 +43,7 @@ def load(directory: Path | str, dtype: Dtype = "auto", device: Device = "auto", 
     check_prefill(prefill)
     directory, place = Path(directory).expanduser(), find_device(device)
     read_config(directory)
+    weight_files(directory)  # which refuses an index that leads out of the directory
     config = load_config(directory, packed=True)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,6 +19,7 @@ from phoenix_sparse.runtime.packed import Packed, check, negative_zeros, pack, q
 METHOD = "phoenix_sparse"
 VERSION = 1
 NEGATIVE = 0.01  # share of a layer's weights above which its negative zeros are a mask's
+FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # as config.json names them, and as files do
 PARTS = ("shape", "bitmask", "compressed", "row_offsets", "scales")
 Values = Literal["auto", "bf16", "int8"]
 
@@ -112,6 +113,7 @@ def unpack_model(source: Path, out: Path, *, progress: Progress | None = None) -
     """
     config = read_config(source)
     layers: dict[str, Any] = config["quantization_config"]["layers"]
+    check_heads(layers, weight_files(source), str(source))
     parts: dict[str, Tensors] = {}
 
     def convert(name: str, value: Tensor) -> Tensors:
@@ -120,7 +122,7 @@ def unpack_model(source: Path, out: Path, *, progress: Progress | None = None) -
             return {name: value}
         found = parts.setdefault(layer, {})
         found[part] = value
-        if not found.keys() >= needed(layers[layer]):
+        if not found.keys() >= forms(layers[layer]).keys():
             return {}
         dtype = found["weight"].dtype
         return {f"{layer}.weight": unpack(assemble(layer, parts.pop(layer), layers[layer]), dtype)}
@@ -133,9 +135,58 @@ def unpack_model(source: Path, out: Path, *, progress: Progress | None = None) -
         _write(temporary / "config.json", config)
 
 
-def needed(facts: dict[str, Any]) -> set[str]:
-    """The parts that files have of a layer with such an entry in config.json."""
-    return {"weight", *PARTS[:4]} | ({"scales"} if facts["values"] == "int8" else set())
+def forms(facts: dict[str, Any]) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+    """The parts that files have of a layer with such an entry in config.json: dtypes as files name them, and shape."""
+    (out, inner), values = facts["shape"], facts["values"]
+    found: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
+        "weight": (("F64", *FLOATS.values()), (0,)),
+        "shape": (("I64",), (2,)),
+        "bitmask": (("U8",), (out, (inner + 7) // 8)),
+        "compressed": ((FLOATS.get(values, "I8"),), (facts["nnz"],)),
+        "row_offsets": (("I64",), (out + 1,)),
+    }
+    return found | ({"scales": (("BF16", "F32"), (out,))} if values == "int8" else {})
+
+
+def check_heads(layers: dict[str, dict[str, Any]], files: Iterable[Path], where: str) -> None:
+    """Refuse files that hold packed layers otherwise than config.json says, from their heads alone.
+
+    Loaders would convert values of another dtype, and make up what isn't there.
+
+    Args:
+        layers: of the `quantization_config`, checked (`check_entry`).
+        files: all files of weights.
+        where: what a message begins with.
+
+    Raises:
+        PhoenixError: naming the tensor that is missing, of another shape or dtype, or of a layer that isn't packed.
+    """
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for file in files:
+        with reading(file) as reader:
+            for name in reader.keys():  # noqa: SIM118 (a reader is no mapping)
+                part = reader.get_slice(name)
+                found[name] = part.get_dtype(), tuple(part.get_shape())
+    for layer, facts in layers.items():
+        expected = forms(facts)
+        for part, (dtypes, shape) in expected.items():
+            name = f"{layer}.{part}"
+            if name not in found:
+                raise PhoenixError(f"{where}: its files have no {name}; pack the model again")
+            dtype, stored = found[name]
+            if dtype not in dtypes or stored != shape:
+                raise PhoenixError(
+                    f"{where}: {name} is {dtype} {stored} in its file and {dtypes[-1]} {shape} by config.json; "
+                    "pack the model again"
+                )
+        if "scales" not in expected and f"{layer}.scales" in found:
+            raise PhoenixError(f"{where}: {layer}.scales are for int8 values, and it has none; pack the model again")
+    for name in sorted(found):
+        layer, _, last = name.rpartition(".")
+        if last in ("bitmask", "compressed", "row_offsets") and layer not in layers:
+            raise PhoenixError(
+                f"{where}: config.json doesn't say that {layer} is packed, and its files do; pack it again"
+            )
 
 
 def assemble(layer: str, parts: Tensors, facts: dict[str, Any]) -> Packed:
@@ -171,9 +222,9 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def check_entry(entry: dict[str, Any], where: str) -> None:
     """Refuse a quantization_config of another version, or one that doesn't describe packed layers."""
-    if entry.get("version") != VERSION:
+    if type(entry.get("version")) is not int or entry["version"] != VERSION:
         raise PhoenixError(
-            f"{where}: packed by version {entry.get('version')} of the format; this reads {VERSION}: pack it again"
+            f"{where}: packed by version {entry.get('version')!r} of the format; this reads {VERSION}: pack it again"
         )
     layers = entry.get("layers")
     if not isinstance(layers, dict) or not all(_is_layer(facts) for facts in layers.values()):
@@ -190,7 +241,7 @@ def _is_layer(facts: Any) -> bool:
         and all(type(size) is int and 0 < size < 2**31 for size in shape)
         and type(nnz) is int
         and 0 <= nnz <= shape[0] * shape[1]
-        and facts.get("values") in ("bfloat16", "float16", "float32", "int8")
+        and facts.get("values") in (*FLOATS, "int8")
     )
 
 

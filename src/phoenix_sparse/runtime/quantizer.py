@@ -3,6 +3,7 @@
 Imported by `registration` when transformers is; registers itself.
 """
 
+from os.path import normpath
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,10 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from phoenix_sparse.checkpoint import reading
 from phoenix_sparse.errors import PhoenixError
 from phoenix_sparse.runtime.head import put_head
 from phoenix_sparse.runtime.packed import check
-from phoenix_sparse.runtime.packing import METHOD, VERSION, check_entry, needed
+from phoenix_sparse.runtime.packing import METHOD, check_entry, check_heads
 from phoenix_sparse.runtime.sparse_linear import SparseLinear
 
 
@@ -23,10 +23,10 @@ from phoenix_sparse.runtime.sparse_linear import SparseLinear
 class PackedConfig(QuantizationConfigMixin):
     """The `quantization_config` of a packed model: its version, and shape, nnz and values of each packed linear."""
 
-    def __init__(self, version: int = VERSION, layers: dict[str, dict[str, Any]] | None = None, **_: Any) -> None:
+    def __init__(self, version: Any = None, layers: Any = None, **_: Any) -> None:
         self.quant_method: Any = METHOD
         self.version = version
-        self.layers = layers or {}
+        self.layers = layers
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": METHOD, "version": self.version, "layers": self.layers}
@@ -55,7 +55,8 @@ class PackedQuantizer(HfQuantizer):
     ) -> Any:
         layers = _layers(self.quantization_config)
         if checkpoint_files is not None:
-            _check_names(layers, checkpoint_files)
+            _check_places(checkpoint_files, model.name_or_path)
+            check_heads(layers, map(Path, checkpoint_files), "model")
         for name, facts in layers.items():
             parent, leaf = name.rpartition(".")[::2]
             try:
@@ -89,16 +90,14 @@ class PackedQuantizer(HfQuantizer):
         return True
 
 
-def _check_names(layers: dict[str, dict[str, Any]], files: list[str]) -> None:
-    """Refuse files without all parts of packed layers: transformers would make up what isn't there."""
-    found: set[str] = set()
+def _check_places(files: list[str], name: str) -> None:
+    """Refuse files that an index names outside of a model's directory. The hub's names for files lead nowhere else."""
+    if not Path(name).is_dir():
+        return
+    directory = Path(name).absolute()
     for file in files:
-        with reading(Path(file)) as reader:
-            found.update(reader.keys())
-    for layer, facts in layers.items():
-        missing = sorted(part for part in needed(facts) if f"{layer}.{part}" not in found)
-        if missing:
-            raise PhoenixError(f"model: its files have no {layer}.{missing[0]}; pack the model again")
+        if not Path(normpath(Path(file).absolute())).is_relative_to(normpath(directory)):
+            raise PhoenixError(f"{name}: its index names {file}, outside of this directory; look where it came from")
 
 
 def _layers(config: Any) -> dict[str, dict[str, Any]]:

@@ -129,3 +129,11 @@ def test_the_dense_kernel_to_compare_with():
                 slack = 1e-6 * (x.double().abs() @ weight.double().abs().T)
                 assert ((one.dense(x, weight).double() - exact).abs() <= 2**-8 * exact.abs() + slack).all()
         one.read(torch.ones(1001, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("name", ["library", "linear"])
+def test_a_part_of_them_can_be_what_is_imported_first(name):
+    """torch's import brings the others, with which the first must not be half done."""
+    code = f"import phoenix_sparse.runtime.kernels.{name}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
