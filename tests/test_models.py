@@ -65,6 +65,15 @@ def test_a_truncated_file_is_one_line(tmp_path, model_directory):
         load_model(copy)
 
 
+def test_an_index_leads_nowhere_else(tmp_path, model_directory):
+    copy = shutil.copytree(model_directory, tmp_path / "m")
+    names = load_file((copy / "model.safetensors").rename(tmp_path / "elsewhere.safetensors"))
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../elsewhere.safetensors")}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(PhoenixError, match=r"'\.\./elsewhere\.safetensors' is no name of a file in this directory"):
+        load_model(copy)
+
+
 def test_missing_weights_are_not_made_up(tmp_path, model_directory):
     copy = shutil.copytree(model_directory, tmp_path / "m")
     tensors = load_file(copy / "model.safetensors")

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from phoenix_sparse.checkpoint import INDEX, SINGLE, Checkpoint, check_finite_tensor
+from phoenix_sparse.checkpoint import INDEX, SINGLE, Checkpoint, check_finite_tensor, weight_files
 from phoenix_sparse.errors import PhoenixError, first_line
 from phoenix_sparse.files import atomic_path
 from phoenix_sparse.settings import Device, Dtype
@@ -109,8 +109,8 @@ def load_model(directory: Path, dtype: Dtype = "auto", device: Device = "auto") 
     gradients of training: it becomes bfloat16 on a GPU and float32 on a CPU.
 
     Raises:
-        PhoenixError: there is no such directory, a file is damaged, weights are missing or of the wrong shape, or a
-            weight is not finite.
+        PhoenixError: there is no such directory, a file is damaged, its index names one elsewhere, weights are missing
+            or of the wrong shape, or a weight is not finite.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -119,6 +119,8 @@ def load_model(directory: Path, dtype: Dtype = "auto", device: Device = "auto") 
     if not directory.is_dir():  # which transformers would look for on the hub
         raise PhoenixError(f"model: {directory} is not a directory; give a Hugging Face model directory")
     config = load_config(directory)
+    if (directory / INDEX).is_file():
+        weight_files(directory)  # which refuses files outside the directory
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
