@@ -28,7 +28,7 @@ def load(directory: Path | str, dtype: Dtype = "auto", device: Device = "auto", 
         device: to compute on.
         prefill: what the linears keep beside that on a GPU, for prompts and large batches. `packed`: nothing, the least
             memory (at 50% 0.59 of the dense linears'). `dense`: a dense copy, and with it a dense model's prefill, in
-            1.61 of the dense memory. `semi`: cuSPARSELt's form of 2:4 linears (0.56 more). `auto`: what is fastest, if
+            1.59 of the dense memory. `semi`: cuSPARSELt's form of 2:4 linears (0.56 more). `auto`: what is fastest, if
             it takes at most half of the memory that is free after loading. See `cuda.many_rows.Prefill`.
 
     Raises:
