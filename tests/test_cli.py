@@ -348,3 +348,26 @@ def test_a_step_does_not_go_on_from_another_s_checkpoints(phx, chain, task_direc
     assert phx("search", chain / "sparse", "--adapter", chain / "adapter/super", *masks, "--seed", "1")[0] == 0
     assert seen[0] == seen[1]
     assert len(set(seen)) == 3
+
+
+def test_a_bad_recipe_or_override_makes_no_run(phx, tmp_path, monkeypatch, model_directory, task_directory):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text("name: [\n")
+    good = {"name": "good", "model": str(model_directory), "task": str(task_directory)}
+    (tmp_path / "good.yaml").write_text(json.dumps(good))
+    for command in ("run", "plan"):
+        for arguments, words in (
+            (["bad.yaml"], "bad.yaml is not YAML"),
+            (["none.yaml"], "none.yaml can't be read (FileNotFoundError); give a YAML file"),
+            (["good.yaml", "sparsify.sparsity=1"], "good.yaml: sparsify.sparsity=1 should be less than 1"),
+            (["good.yaml", "finetune.epoch=1"], "did you mean finetune.epochs?"),
+            (["good.yaml", "sparsify.evolution.budget=5"], "sparsify.evolution: it is for allocation=evolutionary"),
+            (["good.yaml", "evaluate.dense_lora_learning_rate=1", "evaluate.baselines=[]"], "no dense LoRA is trained"),
+            (["good.yaml", "nonsense"], "'nonsense' is not key=value"),
+            (["good.yaml", "model=./nowhere"], "./nowhere is not a directory"),
+        ):
+            code, said, errors = phx(command, *arguments)
+            assert (code, said, len(errors)) == (2, "", 1), errors
+            assert errors[0].startswith("phx: ")
+            assert words in errors[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.yaml", "good.yaml"]
